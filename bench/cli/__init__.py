@@ -1,0 +1,5 @@
+"""The command line: `offload COMMAND`, also `python -m offload COMMAND`."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""One module per command; a package is a group of commands."""

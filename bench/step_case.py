@@ -1,0 +1,149 @@
+"""One case of the step table, alone in a process so that its peak memory is its own.
+
+`python -P -m offload.bench.step_case JSON` runs the case that JSON describes and prints the measurement as JSON.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
+
+from . import text
+from .memory import peak_rss_nbytes, rss_nbytes
+from .models.gpt import GPT, preset
+from .plain import PlainTrainer
+
+CASES = {
+    "plain": "plain torch in memory",
+    "plain-recompute": "plain torch in memory, blocks recomputed",
+    "memory": "engine, everything in memory",
+    "states-nvme": "engine, states on NVMe",
+    "nvme": "engine, everything on NVMe",
+}
+HOMES = {
+    "memory": {"param": "host", "states": "host", "grad": "host"},
+    "states-nvme": {"param": "host", "states": "nvme", "grad": "host"},
+    "nvme": {"param": "nvme", "states": "nvme", "grad": "nvme"},
+}
+LR, WEIGHT_DECAY = 1e-4, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCase:
+    """What one process runs: `warm_up` steps that are not counted, then `steps` that are."""
+
+    case: str
+    model: str
+    batch: int
+    seq: int
+    warm_up: int
+    steps: int
+    dtype: str
+    device: str
+    nvme: str | None
+    host_memory: str | int
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one process saw. Lists have one entry per counted step; `read_nbytes` and `write_nbytes` are NVMe bytes."""
+
+    case: str
+    num_parameters: int
+    step_s: list[float]
+    losses: list[float]
+    read_nbytes: list[int]
+    write_nbytes: list[int]
+    exposed_s: list[float]
+    baseline_rss_nbytes: int
+    peak_rss_nbytes: int
+    device_peak_nbytes: int
+
+
+def run(case: StepCase) -> StepResult:
+    """Run one case in this process."""
+    baseline_nbytes = rss_nbytes()
+    torch.manual_seed(case.seed)
+    model = GPT(preset(case.model, context=case.seq))
+    if case.case.startswith("plain"):
+        infos, losses, seconds = _run_plain(case, model)
+    else:
+        infos, losses, seconds = _run_engine(case, model)
+    counted = slice(case.warm_up, None)
+    return StepResult(
+        case=case.case,
+        num_parameters=model.config.num_parameters,
+        step_s=seconds[counted],
+        losses=losses[counted],
+        read_nbytes=[info.nbytes.get("read", 0) for info in infos[counted]],
+        write_nbytes=[info.nbytes.get("write", 0) for info in infos[counted]],
+        exposed_s=[sum(info.exposed_s.values()) for info in infos[counted]],
+        baseline_rss_nbytes=baseline_nbytes,
+        peak_rss_nbytes=peak_rss_nbytes(),
+        device_peak_nbytes=torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0,
+    )
+
+
+def _run_plain(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float], list[float]]:
+    device = case.device
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
+    trainer = PlainTrainer(
+        model,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        dtype=getattr(torch, case.dtype),
+        device=device,
+        recompute=case.case == "plain-recompute",
+    )
+    losses, seconds = _timed(case, device, trainer.step)
+    return [], losses, seconds
+
+
+def _run_engine(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float], list[float]]:
+    infos: list[StepInfo] = []
+    config = OffloadConfig(
+        device=case.device,
+        nvme=case.nvme,
+        host_memory=case.host_memory,
+        dtype=getattr(torch, case.dtype),
+        homes=HOMES[case.case],
+    )
+    with OffloadEngine(model, AdamW(lr=LR, weight_decay=WEIGHT_DECAY), config) as engine:
+
+        def step(ids: Tensor, targets: Tensor) -> float:
+            loss = engine(ids, targets)
+            engine.backward(loss)
+            infos.append(engine.step())
+            return loss.item()
+
+        losses, seconds = _timed(case, next(engine.module.parameters()).device, step)
+    return infos, losses, seconds
+
+
+def _timed(
+    case: StepCase, device: torch.device | str, step: Callable[[Tensor, Tensor], float]
+) -> tuple[list[float], list[float]]:
+    """Losses and seconds of every step, warm-up included; a step ends with its loss on the host and the device idle."""
+    corpus = text.standard_library()
+    draws = torch.Generator().manual_seed(case.seed)
+    losses, seconds = [], []
+    for _ in range(case.warm_up + case.steps):
+        windows = corpus.windows(draws, batch=case.batch, seq=case.seq).to(device)
+        began = time.perf_counter()
+        losses.append(step(windows[:, :-1].contiguous(), windows[:, 1:].contiguous()))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return losses, seconds
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(run(StepCase(**json.loads(sys.argv[1]))))))

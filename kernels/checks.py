@@ -1,0 +1,42 @@
+"""Checks of the arguments of the public kernels: flat, contiguous, one length, one device, known dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_flat(**tensors: Tensor) -> int:
+    """Raise ValueError unless all are 1-D, contiguous, of one length and on one device; returns the length."""
+    (first_name, first), *_ = tensors.items()
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; expected a contiguous 1-D tensor. "
+                "Pass a slice of the flat buffer, or view(-1)."
+            )
+        if tensor.numel() != first.numel():
+            raise ValueError(f"{name} has {tensor.numel()} elements, {first_name} has {first.numel()}; expected as many.")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}; expected one device.")
+    return first.numel()
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise ValueError unless `tensor` has one of the `allowed` dtypes."""
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {' or '.join(str(dtype) for dtype in allowed)}.")
+
+
+def check_master(param: Tensor, low: Tensor | None) -> None:
+    """Raise ValueError unless (param, low) is (fp32, None) or (bf16, int16)."""
+    if low is None:
+        if param.dtype != torch.float32:
+            raise ValueError(
+                f"param is {param.dtype} without low; expected float32 (its own master), or bfloat16 with an int16 low."
+            )
+        return
+    check_dtype("param", param, torch.bfloat16)
+    check_dtype("low", low, torch.int16)

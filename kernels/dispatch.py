@@ -1,0 +1,93 @@
+"""Which implementation runs: native C or plain torch for CPU tensors, Triton or plain torch for the others.
+
+The choice is one per process, not one per thread: the kernels are called from executor threads that must follow what
+the main thread asked for. `OFFLOAD_KERNELS=reference|native` in the environment forces it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import reference
+from .native import library
+
+_LOG = logging.getLogger("offload.kernels")
+_NAMES = ("native", "reference", "auto")
+_forced: str | None = None  # set by `use`; None: the environment, else automatic
+
+
+def implementation() -> str:
+    """What runs for CPU tensors: "native" or "reference".
+
+    Raises: ValueError if OFFLOAD_KERNELS holds another word; RuntimeError if native is forced but cannot be loaded.
+    """
+    wanted = _wanted()
+    if wanted == "reference":
+        return "reference"
+    reason = _load_failure()
+    if reason is None:
+        return "native"
+    if wanted == "native":
+        raise RuntimeError(f"The native kernels were asked for but cannot run. {reason}")
+    _notice_once(reason)
+    return "reference"
+
+
+def why_not_native() -> str | None:
+    """Why CPU tensors take the slower torch path, in one sentence; None when they do not."""
+    if _wanted() == "reference":
+        return "The native kernels are switched off: OFFLOAD_KERNELS or use() says reference."
+    return _load_failure()
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Force an implementation within the block, in every thread of the process: "native", "reference" or "auto".
+
+    Raises: ValueError for another name.
+    """
+    global _forced
+    if name not in _NAMES:
+        raise ValueError(f"There is no implementation {name!r}; expected one of {', '.join(_NAMES)}.")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The module whose functions compute on tensors of `device`."""
+    if device.type == "cpu" and implementation() == "native":
+        from .native import calls
+
+        return calls
+    return reference
+
+
+def _wanted() -> str:
+    wanted = _forced or os.environ.get("OFFLOAD_KERNELS") or "auto"
+    if wanted not in _NAMES:
+        raise ValueError(f"OFFLOAD_KERNELS is {wanted!r}; expected one of {', '.join(_NAMES)}.")
+    return wanted
+
+
+@cache
+def _load_failure() -> str | None:
+    try:
+        library.load()
+    except library.LibraryUnavailable as error:
+        return str(error)
+    return None
+
+
+@cache
+def _notice_once(reason: str) -> None:
+    _LOG.warning("CPU kernels run in plain torch, up to 3 times slower. %s", reason)

@@ -1,0 +1,11 @@
+"""The definition of every kernel, in plain torch, and the path that runs where there is no compiler.
+
+Only operations that are correctly rounded on their own (mul, add, sub, div, sqrt, casts) appear, so the bits are
+defined; the other implementations must equal them. The work goes block by block: see `blocks`.
+"""
+
+from .gradient import accumulate_, copy_, squared_norm
+from .master import join_, split_
+from .optimizer import adam_, sgd_
+
+__all__ = ["accumulate_", "adam_", "copy_", "join_", "sgd_", "split_", "squared_norm"]

@@ -1,0 +1,46 @@
+"""Cutting flat tensors into cache-sized blocks, with scratch memory that is reused from block to block.
+
+A block stays below 32768 elements on the CPU. From there on torch starts an OpenMP team for every operation, one team
+per calling thread, and several executor threads would take each other's cores. Smaller blocks also stay in the cache
+between the operations of one formula.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CPU_BLOCK = 16384
+DEVICE_BLOCK = 1 << 22
+
+_local = threading.local()  # scratch is per thread: two threads may run the same kernel on two ranges
+
+
+def block_size(device: torch.device) -> int:
+    """Elements per block on `device`."""
+    return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+
+
+def blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """The corresponding blocks of tensors of equal length, in order; None stays None."""
+    first = next(tensor for tensor in tensors if tensor is not None)
+    size = block_size(first.device)
+    cut = [None if tensor is None else tensor.split(size) for tensor in tensors]
+    for index in range(-(-first.numel() // size)):
+        yield tuple(None if parts is None else parts[index] for parts in cut)
+
+
+def scratch(role: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A block of scratch memory as long as `like` and on its device; its content is arbitrary.
+
+    It belongs to the calling thread until the next call with the same role.
+    """
+    store: dict[tuple[str, torch.device, torch.dtype], Tensor] = _local.__dict__
+    key = (role, like.device, dtype)
+    if key not in store:
+        store[key] = torch.empty(block_size(like.device), dtype=dtype, device=like.device)
+    whole = store[key]
+    return whole if whole.numel() == like.numel() else whole[: like.numel()]

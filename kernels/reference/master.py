@@ -1,0 +1,41 @@
+"""Splitting and joining masters, in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .blocks import blocks, scratch
+
+CANONICAL_NAN = 0x7FC00000
+
+
+@torch.no_grad()
+def split_(master: Tensor, param: Tensor, low: Tensor) -> None:
+    for master_block, param_block, low_block in blocks(master, param, low):
+        split_block(master_block, param_block, low_block)
+
+
+@torch.no_grad()
+def join_(param: Tensor, low: Tensor, master: Tensor) -> None:
+    for param_block, low_block, master_block in blocks(param, low, master):
+        join_block(param_block, low_block, master_block)
+
+
+def split_block(master: Tensor, param: Tensor, low: Tensor) -> None:
+    """high = (bits + 0x8000) >> 16, low = the low 16 bits; NaN made canonical first."""
+    bits = master.view(torch.int32)
+    if math.isnan(float(master.sum())):  # some element may be NaN; looking for it in every block would cost more
+        bits = scratch("bits", master, torch.int32).copy_(bits)
+        bits.masked_fill_(torch.isnan(master), CANONICAL_NAN)
+    low.copy_(bits)  # a cast to int16 keeps the low 16 bits
+    rounded = torch.add(bits, 0x8000, out=scratch("rounded", master, torch.int32))
+    param.view(torch.int16).copy_(rounded.bitwise_right_shift_(16))
+
+
+def join_block(param: Tensor, low: Tensor, master: Tensor) -> None:
+    """bits = (high << 16) + low."""
+    bits = master.view(torch.int32)
+    bits.copy_(param.view(torch.int16)).mul_(0x10000).add_(scratch("bits", master, torch.int32).copy_(low))

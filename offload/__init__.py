@@ -1,0 +1,21 @@
+"""Train and fine-tune PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and NVMe."""
+
+from .config import OffloadConfig
+from .engine import EngineClosed, OffloadEngine
+from .info import MemoryReport, StepInfo
+from .optimizers import SGD, Adam, AdamW
+from .placeholders import PlaceholderOverwritten
+from .plan import BudgetTooSmall
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "BudgetTooSmall",
+    "EngineClosed",
+    "MemoryReport",
+    "OffloadConfig",
+    "OffloadEngine",
+    "PlaceholderOverwritten",
+    "StepInfo",
+]

@@ -1,0 +1,178 @@
+"""Builds the parts of an engine from a module, an optimizer and a configuration: units, layouts, plan, pools, homes, store."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import layout as layouts_module
+from .config import OffloadConfig
+from .homes import Home
+from .layout import KINDS, UnitLayout
+from .optimizers import OptimizerSpec
+from .plan import PLACED_KINDS, Plan, Planner
+from .scheduler.devices import Device
+from .scheduler.lanes import Lanes
+from .scheduler.pool import Lease, Pool, page_ceil
+from .scheduler.trace import Trace
+from .store import Extent, Store
+from .units import ParameterInfo, Partition, collect_parameters, partition
+
+
+@dataclass(eq=False, kw_only=True)
+class Assembly:
+    """The parts, made once. `close()` gives everything back."""
+
+    config: OffloadConfig
+    device: Device
+    parameters: Sequence[ParameterInfo]
+    partition: Partition
+    layouts: Sequence[UnitLayout]
+    plan: Plan
+    lanes: Lanes
+    rest: Pool
+    ring: Pool
+    stage: Pool
+    slots: Pool
+    homes: Sequence[dict[str, Home]]
+    resting: Sequence[Tensor | None]
+    store: Store | None
+    leases: list[Lease]
+
+    @property
+    def host_budget_nbytes(self) -> int:
+        return self.config.host_budget_nbytes()
+
+    def close(self) -> None:
+        self.lanes.close()
+        if self.store is not None:
+            self.store.close()
+        for lease in self.leases:
+            lease.release()
+        self.leases.clear()
+        for pool in (self.rest, self.ring, self.stage, self.slots):
+            pool.close()
+
+
+def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> Assembly:
+    """Plan first, then allocate. On any failure everything made so far is given back.
+
+    Raises: ValueError (BudgetTooSmall among them) for what the user can mend; OSError from the store.
+    """
+    device = config.open_device()
+    parameters = collect_parameters(module, config.dtype, config.keep_fp32)
+    host_nbytes = config.host_budget_nbytes()
+    device_nbytes = config.device_budget_nbytes(device)
+    parts = partition(module, parameters, _max_unit_numel(config, host_nbytes if device.one_memory else device_nbytes))
+    layouts = [
+        UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, layouts_module.CHUNK_NUMEL)
+        for unit in parts.units
+    ]
+    plan = Planner(
+        layouts,
+        parts.call_sites,
+        host_nbytes=host_nbytes,
+        device_nbytes=device_nbytes,
+        one_memory=device.one_memory,
+        has_nvme=bool(config.nvme_directories),
+        forced=config.homes,
+    ).make()
+    lanes = Lanes(Trace(), num_cpu_threads=max(1, os.cpu_count() or 1))
+    with contextlib.ExitStack() as undo:
+        undo.callback(lanes.close)
+        poison = _poison if device.poison() else None
+        rest = Pool("host_memory", plan.rest_nbytes, device.allocate_host, device.release_host)
+        ring = Pool("host_memory (chunks on their way)", plan.ring_nbytes, device.allocate_host, device.release_host, poison)
+        stage = Pool("host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison)
+        slots = stage if device.one_memory else Pool("device_memory", plan.device_nbytes, device.allocate, None, poison)
+        extents = list(_extents(layouts, plan))
+        store = None
+        if extents:
+            store = Store.create(config.nvme_directories, extents, _identity(parameters, spec), lanes)
+            undo.callback(store.close)
+        leases: list[Lease] = []
+        homes, resting = _make_homes(layouts, plan, rest, store, leases)
+        undo.pop_all()
+    return Assembly(
+        config=config,
+        device=device,
+        parameters=parameters,
+        partition=parts,
+        layouts=layouts,
+        plan=plan,
+        lanes=lanes,
+        rest=rest,
+        ring=ring,
+        stage=stage,
+        slots=slots,
+        homes=homes,
+        resting=resting,
+        store=store,
+        leases=leases,
+    )
+
+
+def _max_unit_numel(config: OffloadConfig, memory_nbytes: int) -> int:
+    """A block is taken apart when two of it would not fit the memory that it computes in."""
+    return max(memory_nbytes // (2 * config.dtype.itemsize), 1)
+
+
+def _poison(buffer: Tensor) -> None:
+    buffer.fill_(0xFF)
+
+
+def _extents(layouts: Sequence[UnitLayout], plan: Plan) -> Iterator[Extent]:
+    """What the store must hold: every (unit, kind) that the plan puts on NVMe."""
+    for layout, homes in zip(layouts, plan.homes, strict=True):
+        for kind in KINDS:
+            if homes[kind] == "nvme" and layout.pieces[kind]:
+                yield Extent(
+                    key=f"{layout.unit.name}/{kind}",
+                    unit=layout.unit.name,
+                    kind=kind,
+                    piece_nbytes=tuple(layout.pieces[kind]),
+                    scratch=kind == "grad",
+                    parameters=tuple(info.name for info in layout.unit.parameters),
+                )
+
+
+def _make_homes(
+    layouts: Sequence[UnitLayout], plan: Plan, rest: Pool, store: Store | None, leases: list[Lease]
+) -> tuple[list[dict[str, Home]], list[Tensor | None]]:
+    """A home for every (unit, kind), and each unit's staged form where that rests in host memory."""
+    all_homes: list[dict[str, Home]] = []
+    resting: list[Tensor | None] = []
+    for layout, tiers in zip(layouts, plan.homes, strict=True):
+        name = layout.unit.name
+        buffers: dict[str, Tensor] = {}
+        staged = None
+        for kind in PLACED_KINDS:
+            nbytes = layout.staged_nbytes if kind == "param" else layout.nbytes(kind)
+            if tiers[kind] == "host":
+                lease = rest.try_acquire(page_ceil(nbytes), f"{name}/{kind}")
+                assert lease is not None, "the plan counts every byte that rests"
+                leases.append(lease)
+                buffers[kind] = lease.buffer[: layout.nbytes(kind)]
+                if kind == "param":
+                    staged = lease.buffer[:nbytes]
+                    buffers["frozen"] = staged[layout.nbytes("param") :]
+        resting.append(staged)
+        all_homes.append(
+            {kind: Home(name, kind, layout.pieces[kind], buffer=buffers.get(kind), store=store) for kind in KINDS}
+        )
+    return all_homes, resting
+
+
+def _identity(parameters: Sequence[ParameterInfo], spec: OptimizerSpec) -> dict[str, Any]:
+    """What a store belongs to: the model's parameters and the optimizer."""
+    table = [[info.name, list(info.shape), str(info.dtype), info.trainable] for info in parameters]
+    digest = hashlib.sha256(json.dumps(table).encode()).hexdigest()
+    return {"parameters": len(table), "model": digest, "optimizer": spec.describe(), "torch": str(torch.__version__)}

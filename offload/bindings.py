@@ -1,0 +1,163 @@
+"""What a parameter shows at any moment: its placeholder, the staged unit it computes from, or a private copy.
+
+A private copy serves whoever reads a released parameter outside of a call that holds its unit: the parent's forward
+(`F.linear(x, self.embed.weight)`), a loss, or somebody curious. It is ordinary memory, so autograd may keep views
+of it; it lasts until the step (or the forward, without gradients) ends.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .placeholders import Placeholder, PlaceholderOverwritten
+from .residency import Staged
+from .units import ParameterInfo
+
+
+class Bindings:
+    """Moves parameters between the three.
+
+    Args:
+        read: returns a fresh tensor of a released parameter's values, in its compute dtype, on the compute device.
+    """
+
+    def __init__(
+        self, parameters: Sequence[ParameterInfo], device: torch.device, read: Callable[[nn.Parameter], Tensor]
+    ) -> None:
+        self._read = read
+        self._lock = threading.RLock()
+        self._info = {info.parameter: info for info in parameters}
+        self._placeholder = {
+            info.parameter: Placeholder(info.name, info.parameter, info.dtype, device) for info in parameters
+        }
+        self._binds: dict[nn.Parameter, int] = {}
+        self._private: dict[nn.Parameter, tuple[int, int] | None] = {}
+        self._closed = False
+
+    def release_all(self) -> None:
+        """Show placeholders: the values have been taken over."""
+        for placeholder in self._placeholder.values():
+            placeholder.install()
+
+    def release(self, parameter: nn.Parameter) -> None:
+        self._placeholder[parameter].install()
+
+    def bind(self, staged: Sequence[Staged]) -> None:
+        """Show staged values. Private copies stay: autograd may have saved them.
+
+        Raises: PlaceholderOverwritten if a parameter was written to while it was released.
+        """
+        with self._lock, torch.inference_mode(False):
+            for one in staged:
+                for parameter in one.views:
+                    if not self._binds.get(parameter) and parameter not in self._private:
+                        self._placeholder[parameter].check()
+            for one in staged:
+                for parameter, view in one.views.items():
+                    count = self._binds.get(parameter, 0)
+                    self._binds[parameter] = count + 1
+                    if not count and parameter not in self._private:
+                        parameter.data = view
+
+    def unbind(self, staged: Sequence[Staged]) -> None:
+        """Undo one `bind`."""
+        with self._lock:
+            for one in staged:
+                for parameter in one.views:
+                    self._binds[parameter] -= 1
+                    if not self._binds[parameter] and parameter not in self._private:
+                        self._placeholder[parameter].install()
+
+    def show(self, parameter: nn.Parameter, outside_of_forward: bool) -> nn.Parameter:
+        """The parameter with real values, however it was found.
+
+        Args:
+            outside_of_forward: nobody computes just now, so an edit by hand is possible and will be looked for.
+        """
+        if self._binds.get(parameter) or parameter in self._private or parameter not in self._placeholder:
+            return parameter
+        if self._closed:
+            raise RuntimeError(
+                f"parameter {self._info[parameter].name!r} was read after engine.close(); its values are no longer at hand: "
+                "take engine.state_dict() before closing"
+            )
+        with self._lock:
+            self._placeholder[parameter].check()
+            values = self._read(parameter)
+            self._private[parameter] = _fingerprint(values) if outside_of_forward else None
+            with torch.inference_mode(False):
+                parameter.data = values
+        return parameter
+
+    def placeholder(self, parameter: nn.Parameter) -> Tensor:
+        return self._placeholder[parameter].tensor
+
+    def is_private(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._private
+
+    @property
+    def private_nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in list(self._private))
+
+    def drop_private(self) -> None:
+        """Let go of all private copies.
+
+        Raises: PlaceholderOverwritten if one that was read outside of a forward was edited: the edit would be lost.
+        """
+        with self._lock:
+            private, self._private = self._private, {}
+            for parameter in private:
+                if not self._binds.get(parameter):
+                    edited = _is_edited(parameter.data, private[parameter])
+                    self._placeholder[parameter].install()
+                    if edited:
+                        name = self._info[parameter].name
+                        raise PlaceholderOverwritten(
+                            f"parameter {name!r} was edited in place, but its values live in the engine and the edit would "
+                            f"be lost; edit it inside `with engine.gather({name!r}, write=True) as parameters:`"
+                        )
+
+    def close(self) -> None:
+        self._closed = True
+
+    def restore(self, values: Iterator[tuple[nn.Parameter, Tensor]]) -> None:
+        """Give parameters real values for good (the engine lets go of them)."""
+        with torch.inference_mode(False):
+            for parameter, value in values:
+                parameter.data = value
+        self._placeholder.clear()
+        self._private.clear()
+
+
+def _fingerprint(values: Tensor) -> tuple[int, int] | None:
+    """Address and checksum of a host tensor; None where looking would copy from a device."""
+    if values.device.type != "cpu" or not values.numel():
+        return None
+    return values.data_ptr(), zlib.crc32(values.view(-1).view(torch.uint8).numpy())
+
+
+def _is_edited(values: Tensor, fingerprint: tuple[int, int] | None) -> bool:
+    return fingerprint is not None and _fingerprint(values) != fingerprint
+
+
+class ReleasedParameters(dict[str, nn.Parameter | None]):
+    """Stands in for a module's `_parameters`: looking a parameter up gives real values.
+
+    Iterating over it (as `parameters()` and `named_parameters()` do) gives the same objects without fetching.
+    """
+
+    def __init__(self, original: dict[str, nn.Parameter | None], show: Callable[[nn.Parameter], nn.Parameter]) -> None:
+        super().__init__(original)
+        self._show = show
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        parameter = super().__getitem__(name)
+        return None if parameter is None else self._show(parameter)
+
+    def __reduce__(self) -> tuple[type[dict[str, nn.Parameter | None]], tuple[dict[str, nn.Parameter | None]]]:
+        return dict, (dict(self),)

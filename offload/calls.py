@@ -1,0 +1,338 @@
+"""A call of a unit: parameters there, compute, parameters gone; in backward the same again, with recomputation.
+
+[Note: one autograd node per call] To autograd a call is one node. Its forward computes with gradients enabled on detached
+inputs and drops the graph; its backward brings the unit back, computes again and runs a backward of its own inside. So a
+unit is on the device exactly from the first to the last line of one Python function: no hook decides when to let go, nothing
+that autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in reentrant checkpointing,
+every tensor that needs a gradient must enter and leave as an argument, a result or a module attribute.
+Source: activation recomputation, Chen et al., arXiv:1604.06174.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .ambient import Autocast, RandomState, replayed
+from .scheduler.devices import Device
+from .tree import Rebuild, flatten, tensors_of, with_tensors
+from .units import CallSite
+
+
+class CallHost(Protocol):
+    """What a call asks of the engine."""
+
+    device: Device
+
+    def hold(self, site: CallSite) -> contextlib.AbstractContextManager[None]:
+        """Inside, the site's units are on the device and their parameters show their values."""
+
+    def forward_made(self, site: CallSite) -> None:
+        """A call that backward may visit was made."""
+
+    def forward_dropped(self, site: CallSite) -> None:
+        """Such a call will not be visited: its graph is gone."""
+
+    def backward_begins(self, site: CallSite) -> None:
+        """Backward has reached a call of `site`."""
+
+    def backward_ended(self, site: CallSite, first_visit: bool) -> None:
+        """All gradients of the call have been accumulated."""
+
+    def boundary_held(self, nbytes: int) -> None:
+        """`nbytes` more (or, negative, fewer) of unit inputs are kept for backward."""
+
+    def temporaries_seen(self, site: CallSite, nbytes: int) -> None:
+        """Autograd saved `nbytes` of tensors, beside parameters, inside one call of `site`."""
+
+
+class UnitForward:
+    """Stands in for a call site's `forward`."""
+
+    def __init__(self, site: CallSite, host: CallHost) -> None:
+        self.site = site
+        self.host = host
+        self.original: Callable[..., Any] = site.module.forward
+        self.trainable = any(p.requires_grad for p in site.module.parameters())
+        self.measured = False
+        self._mutable_buffers: set[str] | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self._without_graph(args, kwargs)
+        leaves, rebuild = flatten((args, kwargs), f"the call of {self.site.name!r}")
+        tensors = tensors_of(leaves)
+        if not self.trainable and not any(tensor.requires_grad for tensor in tensors):
+            return self._without_graph(args, kwargs)
+        call = Call(self, leaves, rebuild)
+        results = UnitCall.apply(call, self._anchor if self.trainable else None, *tensors)
+        return call.deliver(list(results))
+
+    def _without_graph(self, args: Any, kwargs: Any) -> Any:
+        with self.host.hold(self.site), torch.no_grad():
+            result = self.original(*args, **kwargs)
+            return detach_from_parameters(result, self.site)
+
+    def buffers_before(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward may change, for the recomputation (BatchNorm's statistics do)."""
+        if not self.site.module.training:
+            return {}
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in self.site.module.named_buffers()
+            if self._mutable_buffers is None or name in self._mutable_buffers
+        }
+
+    def learn_mutable(self, versions: dict[str, int]) -> None:
+        changed = {n for n, b in self.site.module.named_buffers() if b._version != versions.get(n, b._version)}
+        self._mutable_buffers = changed | (self._mutable_buffers or set())
+
+
+class Call:
+    """One call with a graph: what its recomputation needs."""
+
+    def __init__(self, forward: UnitForward, leaves: list[Any], rebuild: Rebuild) -> None:
+        self.forward = forward
+        self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
+        self.boundary_nbytes = 0
+        self.leaves = with_tensors(leaves, [None] * len(leaves))  # tensors are kept by autograd, which checks versions
+        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.rebuild = rebuild
+        self.random = RandomState.capture(forward.host.device)
+        self.autocast = Autocast.capture(forward.host.device)
+        self.buffers: dict[str, Tensor] = {}
+        self.stashed: list[tuple[nn.Module, str]] = []
+        self.samples: list[Tensor] = []
+        self._result_leaves: list[Any] = []
+        self._result_rebuild: Rebuild | None = None
+        forward.host.forward_made(forward.site)
+        self.visited = False
+
+    def __del__(self) -> None:
+        self.forward.host.boundary_held(-self.boundary_nbytes)
+        if not self.visited:
+            self.forward.host.forward_dropped(self.forward.site)
+
+    def compute(self, inputs: Sequence[Tensor]) -> tuple[list[Any], Rebuild, list[Tensor]]:
+        """Run the module with gradients on. Returns result leaves, their rebuild, and tensors stashed as attributes."""
+        fresh = iter(inputs)
+        leaves = [next(fresh) if is_tensor else leaf for leaf, is_tensor in zip(self.leaves, self.is_tensor, strict=True)]
+        args, kwargs = self.rebuild(leaves)
+        with torch.enable_grad(), self.autocast.applied():
+            result = self.forward.original(*args, **kwargs)
+        result_leaves, rebuild = flatten(result, f"the result of {self.forward.site.name!r}")
+        return result_leaves, rebuild, self._find_stashed(result_leaves)
+
+    def _find_stashed(self, result_leaves: list[Any]) -> list[Tensor]:
+        """Tensors with a graph that the module left in its attributes (an auxiliary loss): results like any other."""
+        own = {id(leaf) for leaf in result_leaves}
+        self.stashed = [
+            (module, name)
+            for module in self.forward.site.module.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in own
+        ]
+        return [vars(module)[name] for module, name in self.stashed]
+
+    def keep_result(self, leaves: list[Any], rebuild: Rebuild) -> None:
+        self._result_leaves = with_tensors(leaves, [_HERE] * len(leaves))
+        self._is_result_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self._result_rebuild = rebuild
+
+    def deliver(self, tensors: list[Tensor]) -> Any:
+        """The module's result, made of the tensors that autograd knows."""
+        count = sum(self._is_result_tensor)
+        for (module, name), tensor in zip(self.stashed, tensors[count:], strict=True):
+            setattr(module, name, tensor)
+        fresh = iter(tensors[:count])
+        leaves = [
+            next(fresh) if is_tensor else leaf
+            for leaf, is_tensor in zip(self._result_leaves, self._is_result_tensor, strict=True)
+        ]
+        assert self._result_rebuild is not None
+        result = self._result_rebuild(leaves)
+        self._result_leaves, self._result_rebuild = [], None
+        return result
+
+    def compare(self, results: list[Tensor]) -> None:
+        """Raises: RuntimeError if the recomputation gave other numbers than the forward (a few are compared)."""
+        same = len(results) == len(self.samples) and all(
+            sample.shape == (again := _sample(result)).shape
+            and torch.allclose(sample, again, rtol=0.02, atol=1e-3 * _magnitude(sample), equal_nan=True)
+            for sample, result in zip(self.samples, results, strict=True)
+        )
+        if not same:
+            raise RuntimeError(
+                f"{self.forward.site.name!r} computed something else when its forward ran again in backward, so its gradients "
+                "would be wrong; it probably keeps state between calls (a key/value cache, a counter): switch that off "
+                "for training, e.g. use_cache=False"
+            )
+
+    @contextlib.contextmanager
+    def buffers_as_before(self) -> Iterator[None]:
+        """Inside, buffers that forward changed have the values it started from; afterwards, those they had."""
+        named = dict(self.forward.site.module.named_buffers())
+        now = {name: named[name].detach().clone() for name in self.buffers if name in named}
+        stashed = [(module, name, vars(module)[name]) for module, name in self.stashed]
+        try:
+            with torch.no_grad():
+                for name in now:
+                    named[name].copy_(self.buffers[name])
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in now.items():
+                    named[name].copy_(value)
+            for module, name, tensor in stashed:
+                setattr(module, name, tensor)
+
+
+_HERE = object()
+
+
+class UnitCall(torch.autograd.Function):
+    """The node. See [Note: one autograd node per call]."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, anchor: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        forward = call.forward
+        host, site = forward.host, forward.site
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        versions = [tensor._version for tensor in tensors]
+        buffer_versions = {name: buffer._version for name, buffer in site.module.named_buffers()}
+        call.buffers = forward.buffers_before()
+        with host.hold(site):
+            inputs = [_as_input(tensor) for tensor in tensors]
+            with _explained(site):
+                leaves, rebuild, stashed = call.compute(inputs)
+            results = tensors_of(leaves) + stashed
+            needs = [result.requires_grad for result in results]
+            held = _parameter_storages(site)
+            results = [_as_result(result, held, tensors) for result in results]
+        if any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True)):
+            raise RuntimeError(
+                f"{site.name!r} changed one of its inputs in place, so its backward could not compute the same again; "
+                "make the module write to a new tensor, or clone the input before the call"
+            )
+        forward.learn_mutable(buffer_versions)
+        call.buffers = {name: value for name, value in call.buffers.items() if name in (forward._mutable_buffers or ())}
+        call.samples = [_sample(result) for result in results]
+        call.keep_result(leaves, rebuild)
+        call.boundary_nbytes = sum(tensor.nbytes for tensor in tensors)
+        host.boundary_held(call.boundary_nbytes)
+        ctx.mark_non_differentiable(*(r for r, need in zip(results, needs, strict=True) if not need))
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        forward = call.forward
+        host, site = forward.host, forward.site
+        tensors = ctx.saved_tensors
+        first_visit, call.visited = not call.visited, True
+        host.backward_begins(site)
+        inputs: list[Tensor] = []
+        if any(gradient is not None for gradient in gradients):
+            with host.hold(site), replayed(call.random, host.device), call.buffers_as_before():
+                inputs = [_as_input(tensor) for tensor in tensors]
+                with _measured(forward):
+                    leaves, _, stashed = call.compute(inputs)
+                pairs = [
+                    (result, gradient)
+                    for result, gradient in zip(tensors_of(leaves) + stashed, gradients, strict=True)
+                    if gradient is not None and result.requires_grad
+                ]
+                call.compare(tensors_of(leaves) + stashed)
+                del leaves, stashed
+                if pairs:
+                    torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
+                del pairs
+        host.backward_ended(site, first_visit)
+        return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
+
+
+def _as_input(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _sample(result: Tensor) -> Tensor:
+    """A few numbers of a result on the CPU; none where looking would make the host wait for a device."""
+    flat = result.detach()
+    if flat.device.type != "cpu" or not flat.numel() or not flat.dtype.is_floating_point:
+        return torch.empty(0)
+    index = torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), dtype=torch.float64).long()
+    return flat.reshape(-1)[index].float()
+
+
+def _magnitude(sample: Tensor) -> float:
+    finite = sample[sample.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
+
+
+def _parameter_storages(site: CallSite) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in site.module.parameters() if p.numel()}
+
+
+def _as_result(result: Tensor, held: set[int], inputs: Sequence[Tensor]) -> Tensor:
+    """`result` as a tensor of its own: neither a view of the graph inside, nor an alias of a slot or of an input."""
+    if result.numel() == 0:
+        return result.detach().clone()
+    address = result.untyped_storage().data_ptr()
+    if address in held or any(tensor.untyped_storage().data_ptr() == address for tensor in inputs):
+        return result.detach().clone()
+    return result.data  # unlike detach(), no view: the caller may change it in place, as it may a module's result
+
+
+def detach_from_parameters(value: Any, site: CallSite) -> Any:
+    """`value` with every tensor that aliases one of the site's parameters cloned: the slot will be reused."""
+    leaves, rebuild = flatten(value, f"the result of {site.name!r}")
+    held = _parameter_storages(site)
+    tensors = tensors_of(leaves)
+    aliases = [t.numel() > 0 and t.untyped_storage().data_ptr() in held for t in tensors]
+    if not any(aliases):
+        return value
+    return rebuild(with_tensors(leaves, [t.clone() if a else t for t, a in zip(tensors, aliases, strict=True)]))
+
+
+@contextlib.contextmanager
+def _explained(site: CallSite) -> Iterator[None]:
+    """Add to autograd's complaint about in-place changes of a leaf which unit it is about."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "in-place" in str(error):
+            error.add_note(
+                f"raised inside unit {site.name!r}, whose inputs must stay as they are for the recomputation in backward; "
+                "make the module write to a new tensor, or clone the input first"
+            )
+        raise
+
+
+@contextlib.contextmanager
+def _measured(forward: UnitForward) -> Iterator[None]:
+    """At the first recomputation of a site, count the bytes that autograd saves inside it."""
+    if forward.measured:
+        yield
+        return
+    forward.measured = True
+    held = _parameter_storages(forward.site)
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # not the tensor itself: a saved result would then keep its own graph alive for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
+    forward.host.temporaries_seen(forward.site, sum(seen.values()))

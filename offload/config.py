@@ -1,0 +1,147 @@
+"""What a user decides about a run; everything is checked when the object is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .scheduler.devices import AcceleratorDevice, Device, FakeDevice, OneMemoryDevice
+from .sizes import parse_size
+
+HOME_KINDS = ("param", "states", "grad")
+HOME_TIERS = ("host", "nvme")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig:
+    """Settings of one engine.
+
+    Args:
+        device: "auto" (the accelerator if there is one, else the CPU), a torch device string, "fake" (a slow,
+            poisoned device in host memory for tests and rigs), or a `scheduler.devices.Device`.
+        nvme: one directory, a list of directories (one per drive), or None for no NVMe tier.
+        device_memory: budget of staged units on the device ("8GiB", bytes, or "auto": 80 % of what is free).
+            Only where the device has a memory of its own.
+        host_memory: budget of everything that the engine keeps in DRAM: staged units, gradients, states, rings
+            ("8GiB", bytes, or "auto": half of what the system says is available).
+        dtype: compute dtype of the parameters, torch.bfloat16 or torch.float32. Buffers keep theirs.
+        keep_fp32: patterns (`fnmatch` on parameter names) of parameters that stay fp32.
+        micro_batches: backwards per step.
+        clip_grad_norm: maximum global gradient norm, or None.
+        homes: forces the home tier of a kind, e.g. {"states": "nvme"}; kinds are "param", "states" (master's low
+            half and moments) and "grad". What is not named is placed by the plan.
+
+    Raises: ValueError with the value, what was expected and the mend.
+    """
+
+    device: str | torch.device | Device = "auto"
+    nvme: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+    device_memory: str | int = "auto"
+    host_memory: str | int = "auto"
+    dtype: torch.dtype = torch.bfloat16
+    keep_fp32: Sequence[str] = ()
+    micro_batches: int = 1
+    clip_grad_norm: float | None = None
+    homes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_dtype(self.dtype)
+        if not isinstance(self.micro_batches, int) or isinstance(self.micro_batches, bool) or self.micro_batches < 1:
+            raise ValueError(f"micro_batches={self.micro_batches!r}; it is the number of backwards per step, an int >= 1")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}; give a positive number, or None for no clipping")
+        if isinstance(self.keep_fp32, str):
+            raise ValueError(f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]")
+        for name in ("host_memory", "device_memory"):
+            if getattr(self, name) != "auto":
+                parse_size(getattr(self, name), name)
+        self._check_homes()
+
+    def _check_homes(self) -> None:
+        for kind, tier in self.homes.items():
+            if kind not in HOME_KINDS or tier not in HOME_TIERS:
+                raise ValueError(f"homes has {kind!r}: {tier!r}; kinds are {HOME_KINDS}, tiers are {HOME_TIERS}")
+            if tier == "nvme" and not self.nvme_directories:
+                raise ValueError(f'homes puts {kind!r} on "nvme" but nvme is not set; give nvme="/a/directory/on/a/drive"')
+
+    @property
+    def nvme_directories(self) -> tuple[Path, ...]:
+        """The NVMe directories as paths; empty without an NVMe tier."""
+        if self.nvme is None:
+            return ()
+        if isinstance(self.nvme, (str, os.PathLike)):
+            return (Path(self.nvme),)
+        return tuple(Path(directory) for directory in self.nvme)
+
+    def open_device(self) -> Device:
+        """The device that `device` names.
+
+        Raises: ValueError if it names none that torch has here, or gives device_memory to a device without one.
+        """
+        device = self._find_device()
+        if device.one_memory and self.device_memory != "auto":
+            raise ValueError(
+                f"device_memory={self.device_memory!r}, but without an accelerator device and host are the same memory; "
+                "set host_memory only"
+            )
+        return device
+
+    def _find_device(self) -> Device:
+        if isinstance(self.device, Device):
+            return self.device
+        if self.device == "fake":
+            return FakeDevice()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if self.device == "auto":
+            return AcceleratorDevice(accelerator) if accelerator is not None else OneMemoryDevice()
+        try:
+            wanted = torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f'device={self.device!r} is not a device; give "auto", "cpu", "cuda", ... ({error})') from None
+        if wanted.type == "cpu":
+            return OneMemoryDevice()
+        if accelerator is None or accelerator.type != wanted.type:
+            raise ValueError(
+                f"device={self.device!r}, but torch finds {accelerator or 'no accelerator'} here; "
+                'give device="auto", or install the torch build of your accelerator'
+            )
+        return AcceleratorDevice(wanted)
+
+    def host_budget_nbytes(self) -> int:
+        if self.host_memory == "auto":
+            return available_host_nbytes() // 2
+        return parse_size(self.host_memory, "host_memory")
+
+    def device_budget_nbytes(self, device: Device) -> int:
+        """Bytes for staged units on `device`; 0 where it shares the host's memory."""
+        if device.one_memory:
+            return 0
+        if self.device_memory == "auto":
+            return (device.total_nbytes() or 0) * 8 // 10
+        return parse_size(self.device_memory, "device_memory")
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype={dtype!r}; the compute dtype is torch.bfloat16 or torch.float32")
+
+
+def available_host_nbytes() -> int:
+    """Memory that new allocations can have without swapping: the system's word, or a tighter cgroup limit."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        if limit != "max":
+            available = min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        pass  # not Linux, or no cgroup v2: the first figure stands
+    return max(available, 1)

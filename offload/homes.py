@@ -1,0 +1,156 @@
+"""Homes: where one kind of one unit rests between uses, in host memory or in the store."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from torch import Tensor
+
+from .layout import KINDS, Chunk, ChunkArrays, UnitLayout
+from .scheduler.lanes import Lanes
+from .scheduler.pool import Pool
+
+class PieceStore(Protocol):
+    """The part of the store that moves bytes; see `offload.store.Store`."""
+
+    async def read(self, key: str, piece: int, buffer: Tensor) -> None: ...
+    async def write(self, key: str, piece: int, buffer: Tensor) -> None: ...
+
+
+class Home:
+    """The resting place of one range, cut into pieces.
+
+    `buffer` is the range itself (uint8 [nbytes]) where it rests in host memory, and None where it rests in the store.
+    """
+
+    def __init__(
+        self,
+        unit: str,
+        kind: str,
+        piece_nbytes: Sequence[int],
+        *,
+        buffer: Tensor | None = None,
+        store: PieceStore | None = None,
+    ) -> None:
+        self.key = f"{unit}/{kind}"
+        self.unit = unit
+        self.kind = kind
+        self.piece_nbytes = tuple(piece_nbytes)
+        self.nbytes = sum(piece_nbytes)
+        self._offsets = [0, *accumulate(piece_nbytes)]
+        self._store = store
+        self.buffer = buffer
+
+    @property
+    def tier(self) -> str:
+        return "host" if self.buffer is not None else "nvme"
+
+    def piece(self, index: int, whole: Tensor | None = None) -> Tensor:
+        """Piece `index` inside `whole` (a buffer of the range's size), by default inside the resting buffer."""
+        source = self.buffer if whole is None else whole
+        assert source is not None
+        return source[self._offsets[index] : self._offsets[index + 1]]
+
+    async def read(self, index: int, into: Tensor) -> None:
+        """Fill `into` with piece `index`. Only for a home in the store."""
+        assert self._store is not None
+        await self._store.read(self.key, index, into)
+
+    async def write(self, index: int, source: Tensor) -> None:
+        """Write piece `index`. Only for a home in the store; `source` stays unchanged until this returns."""
+        assert self._store is not None
+        await self._store.write(self.key, index, source)
+
+    async def read_all(self, into: Tensor) -> None:
+        """Fill `into` (uint8, at least [nbytes]) with the whole range. Only for a home in the store."""
+        await gather_all(self.read(i, self.piece(i, into)) for i in range(len(self.piece_nbytes)))
+
+    async def write_all(self, source: Tensor) -> None:
+        """Write the whole range from `source`. Only for a home in the store."""
+        await gather_all(self.write(i, self.piece(i, source)) for i in range(len(self.piece_nbytes)))
+
+
+async def gather_all(coroutines: object) -> None:
+    """Await all coroutines; when one fails, wait for the others to end before raising the first failure.
+
+    Plain `asyncio.gather` returns at the first failure while its siblings run on, with buffers that the caller
+    is about to release.
+    """
+    results = await asyncio.gather(*coroutines, return_exceptions=True)  # type: ignore[call-overload]
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+class ChunkStream:
+    """Streams chunks of units through a fixed ring, so that staging does not grow with the size of a unit.
+
+    Args:
+        ring: the pool that staging for kinds in the store is leased from.
+        lanes: for the `cpu` lane, in which the work on a chunk runs.
+    """
+
+    def __init__(self, ring: Pool, lanes: Lanes) -> None:
+        self._ring = ring
+        self._lanes = lanes
+
+    async def visit(
+        self,
+        layout: UnitLayout,
+        homes: dict[str, Home],
+        work: Callable[[Chunk, ChunkArrays], None],
+        *,
+        reads: Collection[str] = (),
+        writes: Collection[str] = (),
+        label: str,
+        chunks: Sequence[Chunk] | None = None,
+    ) -> None:
+        """Call `work(chunk, arrays)` once for each chunk, in `cpu` threads, several chunks in flight.
+
+        Kinds in `reads` hold their bytes when `work` runs; kinds in `writes` are stored afterwards. Kinds that rest in
+        host memory are worked on where they rest. Raises what a lane or `work` raises, after all chunks have let go.
+        """
+        chosen = layout.chunks if chunks is None else chunks
+        await gather_all(
+            self._one(layout, homes, chunk, work, frozenset(reads), frozenset(writes), label) for chunk in chosen
+        )
+
+    async def _one(
+        self,
+        layout: UnitLayout,
+        homes: dict[str, Home],
+        chunk: Chunk,
+        work: Callable[[Chunk, ChunkArrays], None],
+        reads: frozenset[str],
+        writes: frozenset[str],
+        label: str,
+    ) -> None:
+        used = {kind: chunk.pieces[kind] for kind in KINDS if kind in reads | writes and kind in chunk.pieces}
+        staged = [kind for kind in used if homes[kind].buffer is None]
+        sizes = {kind: homes[kind].piece_nbytes[index] for kind, index in used.items()}
+        need = sum(sizes[kind] for kind in staged)
+        lease = await self._ring.acquire(need, f"{layout.unit.name} {label}") if need else None
+        try:
+            buffers: dict[str, Tensor] = {}
+            offset = 0
+            for kind in used:
+                home = homes[kind]
+                if home.buffer is not None:
+                    buffers[kind] = home.piece(used[kind])
+                else:
+                    assert lease is not None
+                    buffers[kind] = lease.buffer[offset : offset + sizes[kind]]
+                    offset += sizes[kind]
+            await gather_all(homes[kind].read(used[kind], buffers[kind]) for kind in staged if kind in reads)
+            arrays = layout.chunk_arrays(chunk, buffers)
+            await self._lanes.cpu.run(
+                work, chunk, arrays, unit=layout.unit.name, kind=label, nbytes=sum(sizes.values())
+            )
+            await gather_all(homes[kind].write(used[kind], buffers[kind]) for kind in staged if kind in writes)
+        finally:
+            if lease is not None:
+                lease.release()
+

@@ -1,0 +1,83 @@
+"""Tensors in and out of whatever a module takes and returns: tuples, dicts, dataclasses, model outputs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+Rebuild = Callable[[list[Any]], Any]
+
+
+def flatten(value: Any, where: str) -> tuple[list[Any], Rebuild]:
+    """The leaves of `value` and a function that rebuilds it from leaves.
+
+    Containers that torch knows (Hugging Face's outputs register themselves) and plain dataclasses are opened. Any other
+    object is one leaf; if it carries a tensor that needs a gradient, the gradient would be lost.
+
+    Raises: TypeError for such an object; `where` says whose argument or result it is.
+    """
+    leaves, spec = tree_flatten(value)
+    flat: list[Any] = []
+    rebuilders: list[tuple[int, Rebuild | None]] = []
+    for leaf in leaves:
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, Tensor)):
+            inner, rebuild = _flatten_dataclass(leaf, where)
+            rebuilders.append((len(inner), rebuild))
+            flat += inner
+        else:
+            _refuse_hidden_gradient(leaf, where)
+            rebuilders.append((1, None))
+            flat.append(leaf)
+
+    def rebuild_all(values: list[Any]) -> Any:
+        taken = iter(values)
+        outer = []
+        for count, rebuild in rebuilders:
+            inner_values = [next(taken) for _ in range(count)]
+            outer.append(inner_values[0] if rebuild is None else rebuild(inner_values))
+        return tree_unflatten(outer, spec)
+
+    return flat, rebuild_all
+
+
+def _flatten_dataclass(value: Any, where: str) -> tuple[list[Any], Rebuild]:
+    names = [field.name for field in dataclasses.fields(value)]
+    leaves, rebuild = flatten([getattr(value, name) for name in names], where)
+
+    def rebuild_dataclass(values: list[Any]) -> Any:
+        twin = copy.copy(value)
+        for name, item in zip(names, rebuild(values), strict=True):
+            object.__setattr__(twin, name, item)
+        return twin
+
+    return leaves, rebuild_dataclass
+
+
+def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
+    if isinstance(leaf, (Tensor, torch.nn.Module, type)) or not hasattr(leaf, "__dict__"):
+        return
+    for name, item in vars(leaf).items():
+        items = item if isinstance(item, (list, tuple)) else [item]
+        if any(isinstance(entry, Tensor) and entry.requires_grad for entry in items):
+            raise TypeError(
+                f"{where} passes a {type(leaf).__name__} whose {name!r} needs a gradient; units exchange gradients through "
+                "tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
+                "torch.utils._pytree.register_pytree_node"
+            )
+
+
+def tensors_of(leaves: list[Any]) -> list[Tensor]:
+    """The tensors among `leaves`, in order."""
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def with_tensors(leaves: list[Any], tensors: list[Any]) -> list[Any]:
+    """`leaves` with its tensors replaced, in order, by `tensors`."""
+    fresh = iter(tensors)
+    return [next(fresh) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -1,0 +1,80 @@
+"""The optimizer's pass over one unit: chunk by chunk, in ranges of equal hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import nn
+
+from .homes import ChunkStream, Home
+from .layout import Chunk, ChunkArrays, UnitLayout
+from .optimizers import OptimizerSpec, Scalars
+
+
+class Range(NamedTuple):
+    """Elements [first, last) of a segment that one kernel call updates with the same scalars."""
+
+    first: int
+    last: int
+    scalars: Scalars
+
+
+class UnitUpdate:
+    """One unit's update in one step. Everything it depends on is fixed when it is made.
+
+    Args:
+        scalars: for each parameter with a gradient; a parameter that is missing here is untouched.
+        grad_scale: the deferred factor on all gradients (clipping).
+    """
+
+    def __init__(
+        self, spec: OptimizerSpec, layout: UnitLayout, scalars: Mapping[nn.Parameter, Scalars], grad_scale: float
+    ) -> None:
+        self._spec = spec
+        self._layout = layout
+        self._scalars = scalars
+        self._grad_scale = grad_scale
+
+    async def run(self, stream: ChunkStream, homes: dict[str, Home]) -> None:
+        """Read states, update, write states and the new parameters.
+
+        A unit is rewritten whole, also where only some of its parameters have a gradient, so that a range in the
+        store is always of one step.
+        """
+        chunks = [chunk for chunk in self._layout.chunks if chunk.segment != "frozen"]
+        await stream.visit(
+            self._layout,
+            homes,
+            self._work,
+            reads=("param", "states", "grad"),
+            writes=("param", "states"),
+            label="update",
+            chunks=chunks,
+        )
+
+    def _work(self, chunk: Chunk, arrays: ChunkArrays) -> None:
+        assert arrays.param is not None and arrays.grad is not None
+        for first, last, scalars in self.ranges(chunk):
+            part = slice(first - chunk.start, last - chunk.start)
+            self._spec.update(
+                arrays.param[part],
+                None if arrays.low is None else arrays.low[part],
+                {name: state[part] for name, state in arrays.states.items()},
+                arrays.grad[part],
+                scalars,
+                self._grad_scale,
+            )
+
+    def ranges(self, chunk: Chunk) -> list[Range]:
+        """The ranges inside `chunk`; neighbours with equal scalars are one."""
+        ranges: list[Range] = []
+        for member, first, last in self._layout.members_of(chunk):
+            scalars = self._scalars.get(member.info.parameter)
+            if scalars is None or first == last:
+                continue
+            if ranges and ranges[-1].last == first and ranges[-1].scalars == scalars:
+                ranges[-1] = Range(ranges[-1].first, last, scalars)
+            else:
+                ranges.append(Range(first, last, scalars))
+        return ranges

@@ -1,0 +1,66 @@
+"""The fake device of tests and rigs: an arena of its own, slow copies on other threads, poison on release."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import torch
+from torch import Tensor
+
+from ..hostmem import allocate_pages
+from .interface import Device, Event, HostEvent
+
+
+class FakeDevice(Device):
+    """A device in host memory that behaves like a hurried accelerator with a slow link.
+
+    Copies run in the copy lanes' threads, wait a random time first and write their destination in two halves
+    with a pause between them, so that a reader who does not wait sees NaN or half a tensor. Buffers that are given
+    back are filled with NaN bytes at once, so that a reader who holds on to one computes NaN.
+
+    Args:
+        seed: of the random delays.
+        max_delay_s: each copy waits a uniform time in [0, max_delay_s) twice.
+        capacity_nbytes: what `total_nbytes` says, for device_memory="auto".
+    """
+
+    name = "fake"
+
+    def __init__(self, seed: int = 0, max_delay_s: float = 0.002, capacity_nbytes: int = 1 << 30) -> None:
+        self.torch_device = torch.device("cpu")
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._max_delay_s = max_delay_s
+        self._capacity_nbytes = capacity_nbytes
+
+    def allocate(self, nbytes: int) -> Tensor:
+        return allocate_pages(nbytes).fill_(0xFF)
+
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+        self._copy(device_buffer, host_buffer, after)
+
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+        self._copy(host_buffer, device_buffer, after)
+
+    def _copy(self, dst: Tensor, src: Tensor, after: Event | None) -> None:
+        if dst.numel() != src.numel():
+            raise ValueError(f"copy of {src.numel()} bytes into a buffer of {dst.numel()} bytes")
+        if after is not None:
+            after.synchronize()
+        half = src.numel() // 2
+        for part in (slice(0, half), slice(half, None)):
+            with self._lock:
+                delay_s = self._random.uniform(0.0, self._max_delay_s)
+            time.sleep(delay_s)
+            dst[part].copy_(src[part])
+
+    def record(self) -> Event:
+        return HostEvent()
+
+    def poison(self) -> bool:
+        return True
+
+    def total_nbytes(self) -> int | None:
+        return self._capacity_nbytes

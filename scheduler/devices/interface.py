@@ -1,0 +1,89 @@
+"""What the engine asks of a device: allocate, copy both ways, record, wait. Everything above it is one code path."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..hostmem import allocate_pages
+
+
+class Event(Protocol):
+    """A point in the compute order of the thread that recorded it."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until everything before the event has run."""
+
+    def time_s(self) -> float:
+        """When the event passed, on the `time.perf_counter()` clock. Blocks until it has."""
+
+
+class HostEvent:
+    """An event of a device whose compute is the calling thread itself: passed when it is made."""
+
+    __slots__ = ("_time_s",)
+
+    def __init__(self) -> None:
+        self._time_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        return
+
+    def time_s(self) -> float:
+        return self._time_s
+
+
+class Device(ABC):
+    """Where units compute.
+
+    `upload` and `download` are called in the thread of a copy lane and block that thread until the bytes have
+    arrived, so whoever awaits the lane owns finished bytes and compute needs no event for them. The other direction
+    does: `after` is the compute event behind which the destination may be overwritten or the source is complete.
+    """
+
+    name: str
+    torch_device: torch.device
+    one_memory: bool = False
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> Tensor:
+        """An uninitialised uint8 [nbytes] buffer in device memory, at least 64-byte aligned."""
+
+    def allocate_host(self, nbytes: int) -> Tensor:
+        """A uint8 [nbytes] page-aligned host buffer that this device can copy from and to quickly."""
+        return allocate_pages(nbytes)
+
+    def release_host(self, buffer: Tensor) -> None:
+        """Undo what `allocate_host` did beyond taking memory; called before the last reference is dropped."""
+        return
+
+    @abstractmethod
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+        """Copy uint8 host -> device once `after` has passed; returns when the bytes are there."""
+
+    @abstractmethod
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+        """Copy uint8 device -> host once `after` has passed; returns when the bytes are there."""
+
+    @abstractmethod
+    def record(self) -> Event:
+        """An event behind everything that the calling thread has given to compute so far."""
+
+    def poison(self) -> bool:
+        """Whether buffers are filled with NaN as soon as they are given back (the fake device does)."""
+        return False
+
+    def total_nbytes(self) -> int | None:
+        """Memory of the device in bytes, or None where device and host are the same memory."""
+        return None
+
+    def rng_state(self) -> Tensor | None:
+        """State of the device's own random generator, or None where it has none beside the CPU's."""
+        return None
+
+    def set_rng_state(self, state: Tensor | None) -> None:
+        return

@@ -1,0 +1,76 @@
+"""Lanes: the serial resources of the machine. Blocking work runs in a lane's own threads and is recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from .trace import Span, Trace
+
+T = TypeVar("T")
+
+
+class Lane:
+    """A named executor whose every call leaves one span in the trace.
+
+    Args:
+        name: one of `trace.LANES`.
+        num_threads: how many calls are in service at once.
+    """
+
+    def __init__(self, name: str, num_threads: int, trace: Trace) -> None:
+        self.name = name
+        self.num_threads = num_threads
+        self._trace = trace
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix=f"offload-{name}")
+
+    async def run(self, work: Callable[..., T], *args: Any, unit: str, kind: str, nbytes: int) -> T:
+        """Call `work(*args)` in a thread of this lane and return its result; raises what `work` raises.
+
+        Invariant: this coroutine does not end before `work` has ended, not even when it is cancelled. A transfer
+        cannot be called back once a thread has begun it, so returning early would let the owner release a buffer
+        that the thread still reads or writes.
+        """
+        loop = asyncio.get_running_loop()
+        queued_s = time.perf_counter()
+        future = loop.run_in_executor(self._executor, self._timed, queued_s, unit, kind, nbytes, work, args)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                await asyncio.wait([future])
+            if future.done() and not future.cancelled():
+                future.exception()  # looked at here, else asyncio reports it as never retrieved
+            raise
+
+    def _timed(
+        self, queued_s: float, unit: str, kind: str, nbytes: int, work: Callable[..., T], args: tuple[Any, ...]
+    ) -> T:
+        start_s = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            self._trace.add(Span(self.name, start_s, time.perf_counter(), unit, kind, nbytes, queued_s))
+
+    def close(self) -> None:
+        """Wait for calls in service and end the threads."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Lanes:
+    """The lanes of one engine: `read`, `write`, `h2d`, `d2h` and `cpu` (compute belongs to the training thread)."""
+
+    def __init__(self, trace: Trace, *, num_io_threads: int = 4, num_cpu_threads: int = 2) -> None:
+        self.trace = trace
+        self.read = Lane("read", num_io_threads, trace)
+        self.write = Lane("write", num_io_threads, trace)
+        self.h2d = Lane("h2d", 1, trace)
+        self.d2h = Lane("d2h", 1, trace)
+        self.cpu = Lane("cpu", num_cpu_threads, trace)
+
+    def close(self) -> None:
+        for lane in (self.read, self.write, self.h2d, self.d2h, self.cpu):
+            lane.close()

@@ -1,0 +1,192 @@
+"""Leases: the right to use a buffer, taken whole from a pool under a byte budget, given back once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+PAGE_NBYTES = 4096
+
+
+def page_ceil(nbytes: int) -> int:
+    """`nbytes` rounded up to whole pages, the unit of direct I/O and of accounting."""
+    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+
+
+class BudgetExceeded(MemoryError):
+    """A pool was asked for more than its whole budget can ever give."""
+
+
+class Lease:
+    """The right to use `buffer` (uint8 [nbytes], page-aligned on the host) until `release()`.
+
+    Releasing twice raises: a second release would hand one buffer to two owners.
+    """
+
+    __slots__ = ("_pool", "buffer", "holder", "nbytes")
+
+    def __init__(self, pool: Pool, buffer: Tensor, holder: str) -> None:
+        self._pool: Pool | None = pool
+        self.buffer = buffer
+        self.nbytes = buffer.numel()
+        self.holder = holder
+
+    @property
+    def released(self) -> bool:
+        return self._pool is None
+
+    def release(self) -> None:
+        """Give the buffer back. The caller vouches that no transfer and no kernel still uses it."""
+        pool, self._pool = self._pool, None
+        if pool is None:
+            raise RuntimeError(f"lease of {self.holder} released twice; a lease is given back exactly once")
+        pool._take_back(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolStatistics:
+    """A frozen snapshot of a pool, in bytes."""
+
+    capacity_nbytes: int
+    leased_nbytes: int
+    warm_nbytes: int
+    peak_nbytes: int
+    holders: tuple[str, ...]
+
+
+class Pool:
+    """Buffers of exactly the asked size under one byte budget.
+
+    Free buffers stay warm by size and are handed out again; they are dropped only when a lease of another size
+    needs their bytes. The address space does what a compacting allocator would: the budget cannot fragment.
+
+    Args:
+        name: for messages.
+        capacity_nbytes: leased and warm buffers together never exceed it.
+        allocate: makes an uninitialised uint8 buffer of the given size.
+        free: called with a buffer before it is dropped for good, or None.
+        poison: called with every buffer that comes back (the fake device fills it with NaN), or None.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        capacity_nbytes: int,
+        allocate: Callable[[int], Tensor],
+        free: Callable[[Tensor], None] | None = None,
+        poison: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.name = name
+        self.capacity_nbytes = capacity_nbytes
+        self._allocate = allocate
+        self._free = free
+        self._poison = poison
+        self._lock = threading.Lock()
+        self._warm: dict[int, list[Tensor]] = {}
+        self._warm_nbytes = 0
+        self._leased_nbytes = 0
+        self._peak_nbytes = 0
+        self._holders: Counter[str] = Counter()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def try_acquire(self, nbytes: int, holder: str) -> Lease | None:
+        """A lease if the bytes are free now, else None. Never waits.
+
+        Raises: BudgetExceeded if `nbytes` is more than the pool's whole capacity.
+        """
+        nbytes = page_ceil(nbytes)
+        if nbytes > self.capacity_nbytes:
+            raise BudgetExceeded(
+                f"{holder} needs {nbytes} bytes of {self.name}, whose whole budget is {self.capacity_nbytes} bytes; "
+                f"raise the budget to at least {nbytes} bytes"
+            )
+        with self._lock:
+            if self._leased_nbytes + nbytes > self.capacity_nbytes:
+                return None
+            self._leased_nbytes += nbytes
+            self._holders[holder] += 1
+            warm = self._warm.get(nbytes)
+            buffer = warm.pop() if warm else None
+            if buffer is not None:
+                self._warm_nbytes -= nbytes
+            else:
+                self._drop_warm(self._leased_nbytes + self._warm_nbytes - self.capacity_nbytes)
+            self._peak_nbytes = max(self._peak_nbytes, self._leased_nbytes + self._warm_nbytes)
+        if buffer is None:
+            try:
+                buffer = self._allocate(nbytes)
+            except BaseException:
+                with self._lock:
+                    self._leased_nbytes -= nbytes
+                    self._holders[holder] -= 1
+                raise
+        return Lease(self, buffer, holder)
+
+    async def acquire(self, nbytes: int, holder: str) -> Lease:
+        """A lease, waiting on the loop until the bytes are free. Hold no other lease of this pool meanwhile."""
+        while True:
+            freed = self.freed()
+            lease = self.try_acquire(nbytes, holder)
+            if lease is not None:
+                freed.cancel()
+                return lease
+            await freed
+
+    def freed(self) -> asyncio.Future[None]:
+        """A future of the running loop that is done once any lease has come back after this call."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self._lock:
+            self._waiters = [pair for pair in self._waiters if not pair[1].done()]
+            self._waiters.append((loop, future))
+        return future
+
+    def _take_back(self, lease: Lease) -> None:
+        if self._poison is not None:
+            self._poison(lease.buffer)
+        with self._lock:
+            self._leased_nbytes -= lease.nbytes
+            self._holders[lease.holder] -= 1
+            if not self._holders[lease.holder]:
+                del self._holders[lease.holder]
+            self._warm.setdefault(lease.nbytes, []).append(lease.buffer)
+            self._warm_nbytes += lease.nbytes
+            waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
+            loop.call_soon_threadsafe(_wake, future)
+
+    def _drop_warm(self, excess_nbytes: int) -> None:
+        """Drop warm buffers, largest first, until `excess_nbytes` are gone. Called under the lock."""
+        for nbytes in sorted(self._warm, reverse=True):
+            buffers = self._warm[nbytes]
+            while buffers and excess_nbytes > 0:
+                buffer = buffers.pop()
+                if self._free is not None:
+                    self._free(buffer)
+                self._warm_nbytes -= nbytes
+                excess_nbytes -= nbytes
+
+    def close(self) -> None:
+        """Drop the warm buffers. Leases still out keep theirs until they are garbage."""
+        with self._lock:
+            self._drop_warm(self._warm_nbytes)
+
+    def statistics(self) -> PoolStatistics:
+        with self._lock:
+            return PoolStatistics(
+                capacity_nbytes=self.capacity_nbytes,
+                leased_nbytes=self._leased_nbytes,
+                warm_nbytes=self._warm_nbytes,
+                peak_nbytes=self._peak_nbytes,
+                holders=tuple(sorted(self._holders)),
+            )
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,34 @@
+"""Blocking storage and what is known of drives: backends, whole transfers, queues, probes. Knows no model."""
+
+from .backend import ALIGN_NBYTES, Backend, StorageFile
+from .drive import DriveTuning, file_system
+from .errors import NoSpace, OffloadIOError
+from .files import PosixBackend, PosixFile, ensure_descriptors, open_backend, prove, view_of
+from .queue import NEEDED_AT_COMMIT, NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue, QueueStatistics
+from .transfer import NUM_RETRIES, flush_fully, read_fully, write_fully
+
+__all__ = [
+    "ALIGN_NBYTES",
+    "NEEDED_AT_COMMIT",
+    "NEEDED_LATER",
+    "NEEDED_NOW",
+    "NEEDED_SOON",
+    "NUM_RETRIES",
+    "Backend",
+    "DriveQueue",
+    "DriveTuning",
+    "NoSpace",
+    "OffloadIOError",
+    "PosixBackend",
+    "PosixFile",
+    "QueueStatistics",
+    "StorageFile",
+    "ensure_descriptors",
+    "file_system",
+    "flush_fully",
+    "open_backend",
+    "prove",
+    "read_fully",
+    "view_of",
+    "write_fully",
+]

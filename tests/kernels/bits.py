@@ -1,0 +1,74 @@
+"""Helpers of the kernel tests: bitwise comparison, tensors that hold the hard bit patterns, both implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from offload.kernels import dispatch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
+
+
+def assert_same_bits(actual: Tensor | None, expected: Tensor | None, name: str = "tensor") -> None:
+    """Equal bit for bit; NaN at the same places, whatever its payload."""
+    assert (actual is None) == (expected is None), name
+    if actual is None or expected is None:
+        return
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
+    if actual.is_floating_point():
+        nan = torch.isnan(expected)
+        assert torch.equal(torch.isnan(actual), nan), f"{name}: NaN at other places"
+        actual, expected = actual.masked_fill(nan, 0.0), expected.masked_fill(nan, 0.0)
+    integer = _INTEGERS[actual.element_size()]
+    wrong = (actual.contiguous().view(integer) != expected.contiguous().view(integer)).nonzero()
+    assert wrong.numel() == 0, (
+        f"{name}: {wrong.shape[0]} of {actual.numel()} differ, first at {wrong[0].tolist()}: "
+        f"{actual[tuple(wrong[0])].item()!r} != {expected[tuple(wrong[0])].item()!r}"
+    )
+
+
+def hard_float32() -> Tensor:
+    """[2^16 * 5] fp32: every high half with the low halves where rounding turns, infinities and NaN included."""
+    high = torch.arange(-(2**15), 2**15, dtype=torch.int32) * 65536
+    lows = torch.tensor([0x0000, 0x0001, 0x7FFF, 0x8000, 0xFFFF], dtype=torch.int32)
+    return (high[:, None] + lows).reshape(-1).view(torch.float32)
+
+
+def any_values(n: int, dtype: torch.dtype, seed: int, *, finite: bool = False) -> Tensor:
+    """[n] of `dtype`: half ordinary numbers, half uniformly drawn bit patterns (subnormal, huge, infinite, NaN)."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = torch.randn(n, generator=generator).to(dtype)
+    integer = _INTEGERS[dtype.itemsize]
+    info = torch.iinfo(integer)
+    patterns = torch.randint(info.min, info.max, (n,), generator=generator, dtype=integer).view(dtype)
+    values = torch.where(torch.rand(n, generator=generator) < 0.5, ordinary, patterns)
+    return values.nan_to_num(nan=0.0) if finite else values
+
+
+def run_both(kernel: Callable[..., object], *tensors: Tensor | None) -> None:
+    """Run `kernel` on copies of `tensors` with native and with reference; every tensor must end with the same bits."""
+    results = []
+    for name in ("native", "reference"):
+        copies = [None if tensor is None else _copy_keeping_offset(tensor) for tensor in tensors]
+        with dispatch.use(name):
+            value = kernel(*copies)
+        results.append((copies, value))
+    (native, native_value), (reference, reference_value) = results
+    for index, (left, right) in enumerate(zip(native, reference, strict=True)):
+        assert_same_bits(left, right, f"argument {index}")
+    if isinstance(native_value, float):
+        assert_same_bits(
+            torch.tensor(native_value, dtype=torch.float64), torch.tensor(reference_value, dtype=torch.float64), "result"
+        )
+
+
+def _copy_keeping_offset(tensor: Tensor) -> Tensor:
+    """A copy at the same offset from an aligned address, so that unaligned starts stay unaligned."""
+    offset = tensor.storage_offset()
+    whole = torch.empty(offset + tensor.numel(), dtype=tensor.dtype)
+    part = whole[offset:]
+    part.copy_(tensor)
+    return part

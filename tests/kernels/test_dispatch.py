@@ -1,0 +1,98 @@
+"""Which implementation runs, and what is said when it is not the fast one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from offload.kernels import dispatch
+from offload.kernels.native import build, library
+
+
+def test_native_runs_where_there_is_a_compiler() -> None:
+    assert build.find_compiler() is not None, "these tests need a C compiler"
+    assert dispatch.implementation() == "native"
+    assert dispatch.why_not_native() is None
+
+
+def test_use_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    with dispatch.use("reference"):
+        assert dispatch.implementation() == "reference"
+        assert "switched off" in str(dispatch.why_not_native())
+        with dispatch.use("native"):
+            assert dispatch.implementation() == "native"
+    assert dispatch.implementation() == "native"
+    monkeypatch.setenv("OFFLOAD_KERNELS", "reference")
+    assert dispatch.implementation() == "reference"
+    monkeypatch.setenv("OFFLOAD_KERNELS", "fast")
+    with pytest.raises(ValueError, match="'fast'"):
+        dispatch.implementation()
+    with pytest.raises(ValueError, match="no implementation 'fast'"), dispatch.use("fast"):
+        pass
+
+
+WITHOUT_COMPILER = """
+import logging, torch
+logging.basicConfig(format="%(levelname)s %(message)s")
+from offload.kernels import dispatch
+from offload.kernels.gradient import squared_norm
+assert dispatch.implementation() == "reference"
+assert squared_norm(torch.full((5,), 2.0)) == 20.0
+assert squared_norm(torch.full((5,), 2.0)) == 20.0
+print(dispatch.why_not_native())
+with dispatch.use("native"):
+    try:
+        dispatch.implementation()
+    except RuntimeError as error:
+        print("RuntimeError", error)
+"""
+
+
+def test_without_a_compiler_one_line_says_so_and_torch_computes(tmp_path: Path) -> None:
+    hidden = Path(library.__file__).with_name(build.LIBRARY_NAME)
+    if hidden.exists():
+        pytest.skip(f"{hidden} is installed beside the package, so no compiler is needed")
+    environment = os.environ | {"CC": str(tmp_path / "no-such-compiler"), "XDG_CACHE_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("WARNING") == 1
+    assert "plain torch" in result.stderr and "install gcc or clang" in result.stderr
+    assert "No C compiler" in result.stdout and "RuntimeError The native kernels were asked for" in result.stdout
+
+
+def test_build_reports_the_compilers_words(tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'fatal: out of ink' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    with pytest.raises(build.BuildError, match="out of ink"):
+        build.build(tmp_path / "out", cc=str(compiler))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
+    """A stale library beside the package would compute yesterday's formula."""
+    source = tmp_path / "old.c"
+    names = [name for name in library._SIGNATURES if name != "offl_source_hash"]
+    source.write_text(
+        'const char *offl_source_hash(void) { return "0000"; }\n' + "".join(f"void {name}(void) {{}}\n" for name in names)
+    )
+    command = build.find_compiler()
+    assert command is not None
+    old = tmp_path / build.LIBRARY_NAME
+    subprocess.run([*command, "-shared", "-fPIC", str(source), "-o", str(old)], check=True)
+    assert library._open_current(old) is None
+    assert library._open_current(tmp_path / "missing.so") is None
+    garbage = tmp_path / "garbage.so"  # another file: the old library is mapped, writing into it would end the process
+    garbage.write_bytes(b"not a library")
+    assert library._open_current(garbage) is None
+
+
+def test_cuda_and_other_devices_never_take_the_cpu_library() -> None:
+    with dispatch.use("native"):
+        assert dispatch.backend(torch.device("meta")).__name__.endswith("reference")
