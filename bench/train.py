@@ -13,7 +13,7 @@ from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
 from . import text
 from .generate import generate
 from .memory import peak_rss_nbytes, rss_nbytes
-from .models.gpt import GPT, GPTConfig, OutsideBudget, outside_budget
+from .models.gpt import GPT, GPTConfig
 
 LANES = ("compute", "h2d", "d2h", "read", "write", "cpu")
 SAMPLE_PROMPT = b"def "
@@ -67,7 +67,10 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """What a run did. Losses in nats per byte, `*_nbytes` in bytes, seconds summed over all steps."""
+    """What a run did. Losses in nats per byte, `*_nbytes` in bytes, seconds summed over all steps.
+
+    Outside the budget lie the boundaries between units, what autograd saves inside one unit, and the logits.
+    """
 
     num_parameters: int
     steps: int
@@ -88,7 +91,9 @@ class TrainReport:
     host_peak_nbytes: int
     device_budget_nbytes: int
     device_peak_nbytes: int
-    outside: OutsideBudget
+    boundaries_nbytes: int
+    temporaries_nbytes: int
+    logits_nbytes: int
     units: str
     corpus: dict[str, object]
     sample: str
@@ -199,7 +204,7 @@ class _Run:
             tokens_per_s=self.options.tokens_per_step / seconds,
             host_used_nbytes=memory.host_used_nbytes,
             host_budget_nbytes=memory.host_budget_nbytes,
-            device_used_nbytes=memory.device_peak_nbytes,
+            device_used_nbytes=memory.device_used_nbytes,
             device_budget_nbytes=memory.device_budget_nbytes,
         )
 
@@ -243,8 +248,10 @@ class _Run:
             host_peak_nbytes=memory.host_peak_nbytes,
             device_budget_nbytes=memory.device_budget_nbytes,
             device_peak_nbytes=memory.device_peak_nbytes,
-            outside=outside_budget(
-                options.model, batch=options.batch, seq=options.seq, itemsize=options.config.dtype.itemsize
+            boundaries_nbytes=memory.boundaries_peak_nbytes,
+            temporaries_nbytes=memory.temporaries_nbytes,
+            logits_nbytes=options.model.logits_nbytes(
+                batch=options.batch, seq=options.seq, itemsize=options.config.dtype.itemsize
             ),
             units=str(self.engine),
             corpus={

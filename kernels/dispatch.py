@@ -7,6 +7,8 @@ the main thread asked for. `OFFLOAD_KERNELS=reference|native` in the environment
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -16,21 +18,21 @@ from types import ModuleType
 import torch
 
 from . import reference
-from .native import library
+from .native import calls, library
 
 _LOG = logging.getLogger("offload.kernels")
-_NAMES = ("native", "reference", "auto")
+_NAMES = ("native", "reference", "triton", "auto")
 _forced: str | None = None  # set by `use`; None: the environment, else automatic
 
 
 def implementation() -> str:
-    """What runs for CPU tensors: "native" or "reference".
+    """What runs for CPU tensors: "native" or "reference"; "triton" only where a test asked for its interpreter.
 
     Raises: ValueError if OFFLOAD_KERNELS holds another word; RuntimeError if native is forced but cannot be loaded.
     """
     wanted = _wanted()
-    if wanted == "reference":
-        return "reference"
+    if wanted in ("reference", "triton"):
+        return wanted
     reason = _load_failure()
     if reason is None:
         return "native"
@@ -51,6 +53,8 @@ def why_not_native() -> str | None:
 def use(name: str) -> Iterator[None]:
     """Force an implementation within the block, in every thread of the process: "native", "reference" or "auto".
 
+    "triton" runs the device kernels on CPU tensors too, which works under TRITON_INTERPRET=1 only: for tests.
+
     Raises: ValueError for another name.
     """
     global _forced
@@ -65,11 +69,15 @@ def use(name: str) -> Iterator[None]:
 
 def backend(device: torch.device) -> ModuleType:
     """The module whose functions compute on tensors of `device`."""
-    if device.type == "cpu" and implementation() == "native":
-        from .native import calls
-
-        return calls
-    return reference
+    if device.type == "cpu":
+        chosen = implementation()
+    else:
+        chosen = "triton" if device.type == "cuda" and _wanted() != "reference" and _has_triton() else "reference"
+    if chosen == "reference":
+        return reference
+    if chosen == "triton":
+        return importlib.import_module(".triton", __package__)
+    return calls
 
 
 def _wanted() -> str:
@@ -77,6 +85,11 @@ def _wanted() -> str:
     if wanted not in _NAMES:
         raise ValueError(f"OFFLOAD_KERNELS is {wanted!r}; expected one of {', '.join(_NAMES)}.")
     return wanted
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @cache

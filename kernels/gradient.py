@@ -1,4 +1,4 @@
-"""Passes over flat gradients: squared norm, accumulation, cast copies."""
+"""Passes over flat gradients: squared norm, accumulation, cast copies, scaling."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .checks import FLOATS, check_dtype, check_flat
 from .dispatch import backend
+from .factors import float32
 
 NORM_BLOCK = 4096  # elements that are summed in one tree
 
@@ -45,6 +46,33 @@ def copy_(dst: Tensor, src: Tensor) -> None:
     """
     if _check_pair(dst=dst, src=src):
         backend(dst.device).copy_(dst, src)
+
+
+def copy_squared_norm_(dst: Tensor, src: Tensor) -> float:
+    """`copy_`, and the `squared_norm` of what `dst` then holds, in one pass over the memory.
+
+    Raises: ValueError for other dtypes, lengths, layouts or devices.
+    """
+    return backend(dst.device).copy_squared_norm_(dst, src) if _check_pair(dst=dst, src=src) else 0.0
+
+
+def accumulate_squared_norm_(acc: Tensor, grad: Tensor) -> float:
+    """`accumulate_`, and the `squared_norm` of what `acc` then holds, in one pass over the memory.
+
+    Raises: ValueError for other dtypes, lengths, layouts or devices.
+    """
+    return backend(acc.device).accumulate_squared_norm_(acc, grad) if _check_pair(acc=acc, grad=grad) else 0.0
+
+
+def scale_(flat: Tensor, factor: float) -> None:
+    """flat = flat * factor: `factor` rounded to float32, multiplied in float32, rounded to the dtype of `flat`.
+
+    Raises: ValueError for another dtype or layout.
+    """
+    n = check_flat(flat=flat)
+    check_dtype("flat", flat, *FLOATS)
+    if n:
+        backend(flat.device).scale_(flat, float32(factor))
 
 
 def _check_pair(**tensors: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""Train and fine-tune PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and NVMe."""
+"""Train and fine-tune PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and "
+"NVMe."""
 
 from .config import OffloadConfig
 from .engine import EngineClosed, OffloadEngine

@@ -36,6 +36,8 @@ class HostParameter:
 class ParameterAccess:
     """Streams whole parameters between their homes and ordinary tensors. Blocks the calling thread.
 
+    What it returns outlives a caller's inference mode, so it is made outside of it.
+
     The caller sees to it that nobody else uses the units meanwhile.
     """
 
@@ -61,9 +63,12 @@ class ParameterAccess:
             flat = member.info.parameter.detach().reshape(-1).cpu()
             sources[member.info.parameter] = flat.to(member.info.dtype) if member.segment == "frozen" else flat
         self._visit(
-            layout, lambda chunk, arrays: _fill_chunk(layout, chunk, arrays, sources), writes=("param", "frozen", "states")
+            layout,
+            lambda chunk, arrays: _fill_chunk(layout, chunk, arrays, sources),
+            writes=("param", "frozen", "states"),
         )
 
+    @torch.inference_mode(False)
     def read_compute(self, parameter: nn.Parameter) -> Tensor:
         """A fresh tensor on the compute device, in the compute dtype, of one parameter's values."""
         layout = self._layout_of[parameter]
@@ -83,14 +88,22 @@ class ParameterAccess:
         self._visit(layout, take, reads=("param", "frozen"), chunks=chunks)
         return value.view(member.info.shape).to(self._device)
 
+    @torch.inference_mode(False)
     def read(
-        self, layout: UnitLayout, wanted: Collection[nn.Parameter], *, states: bool, grads: Collection[nn.Parameter] = ()
+        self,
+        layout: UnitLayout,
+        wanted: Collection[nn.Parameter],
+        *,
+        states: bool,
+        grads: Collection[nn.Parameter] = (),
     ) -> dict[nn.Parameter, HostParameter]:
         """Full-precision values of `wanted` parameters of one unit, with states and, for those in `grads`, gradients."""
         result = {p: _empty(layout, layout.by_parameter[p], states, p in grads) for p in wanted}
         kinds = ("param", "frozen", "states", *(("grad",) if any(p in grads for p in wanted) else ()))
         chunks = [c for c in layout.chunks if any(m.info.parameter in result for m, _, _ in layout.members_of(c))]
-        self._visit(layout, lambda chunk, arrays: _read_chunk(layout, chunk, arrays, result), reads=kinds, chunks=chunks)
+        self._visit(
+            layout, lambda chunk, arrays: _read_chunk(layout, chunk, arrays, result), reads=kinds, chunks=chunks
+        )
         return result
 
     def write(self, layout: UnitLayout, values: Mapping[nn.Parameter, HostParameter]) -> None:
@@ -129,9 +142,7 @@ def _empty(layout: UnitLayout, member: Member, states: bool, grad: bool) -> Host
     )
 
 
-def _fill_chunk(
-    layout: UnitLayout, chunk: Chunk, arrays: ChunkArrays, sources: Mapping[nn.Parameter, Tensor]
-) -> None:
+def _fill_chunk(layout: UnitLayout, chunk: Chunk, arrays: ChunkArrays, sources: Mapping[nn.Parameter, Tensor]) -> None:
     for array in (arrays.param, arrays.low, *arrays.states.values()):
         if array is not None:
             array.zero_()
@@ -147,9 +158,7 @@ def _part(member: Member, flat: Tensor, first: int, last: int) -> Tensor:
     return flat[first - member.start : last - member.start]
 
 
-def _store_value(
-    member: Member, chunk: Chunk, arrays: ChunkArrays, first: int, last: int, values: Tensor
-) -> None:
+def _store_value(member: Member, chunk: Chunk, arrays: ChunkArrays, first: int, last: int, values: Tensor) -> None:
     part = slice(first - chunk.start, last - chunk.start)
     assert arrays.param is not None
     if member.segment == "split":

@@ -1,4 +1,5 @@
-"""Builds the parts of an engine from a module, an optimizer and a configuration: units, layouts, plan, pools, homes, store."""
+"""Builds the parts of an engine from a module, an optimizer and a configuration: units, layouts, plan, pools, "
+"homes, store."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from .config import OffloadConfig
 from .homes import Home
 from .layout import KINDS, UnitLayout
 from .optimizers import OptimizerSpec
-from .plan import PLACED_KINDS, Plan, Planner
+from .plan import PLACED_KINDS, BudgetTooSmall, Plan, Planner
 from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
@@ -71,27 +72,18 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     parameters = collect_parameters(module, config.dtype, config.keep_fp32)
     host_nbytes = config.host_budget_nbytes()
     device_nbytes = config.device_budget_nbytes(device)
-    parts = partition(module, parameters, _max_unit_numel(config, host_nbytes if device.one_memory else device_nbytes))
-    layouts = [
-        UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, layouts_module.CHUNK_NUMEL)
-        for unit in parts.units
-    ]
-    plan = Planner(
-        layouts,
-        parts.call_sites,
-        host_nbytes=host_nbytes,
-        device_nbytes=device_nbytes,
-        one_memory=device.one_memory,
-        has_nvme=bool(config.nvme_directories),
-        forced=config.homes,
-    ).make()
+    parts, layouts, plan = _plan(module, parameters, spec, config, device, host_nbytes, device_nbytes)
     lanes = Lanes(Trace(), num_cpu_threads=max(1, os.cpu_count() or 1))
     with contextlib.ExitStack() as undo:
         undo.callback(lanes.close)
         poison = _poison if device.poison() else None
         rest = Pool("host_memory", plan.rest_nbytes, device.allocate_host, device.release_host)
-        ring = Pool("host_memory (chunks on their way)", plan.ring_nbytes, device.allocate_host, device.release_host, poison)
-        stage = Pool("host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison)
+        ring = Pool(
+            "host_memory (chunks on their way)", plan.ring_nbytes, device.allocate_host, device.release_host, poison
+        )
+        stage = Pool(
+            "host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison
+        )
         slots = stage if device.one_memory else Pool("device_memory", plan.device_nbytes, device.allocate, None, poison)
         extents = list(_extents(layouts, plan))
         store = None
@@ -120,9 +112,43 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     )
 
 
-def _max_unit_numel(config: OffloadConfig, memory_nbytes: int) -> int:
-    """A block is taken apart when two of it would not fit the memory that it computes in."""
-    return max(memory_nbytes // (2 * config.dtype.itemsize), 1)
+def _plan(
+    module: nn.Module,
+    parameters: Sequence[ParameterInfo],
+    spec: OptimizerSpec,
+    config: OffloadConfig,
+    device: Device,
+    host_nbytes: int,
+    device_nbytes: int,
+) -> tuple[Partition, list[UnitLayout], Plan]:
+    """The coarsest partition that fits the budgets, and its plan.
+
+    Raises: BudgetTooSmall with the smallest budget over all partitions.
+    """
+    failures: list[BudgetTooSmall] = []
+    largest = None
+    while True:
+        parts = partition(module, parameters, None if largest is None else largest - 1)
+        layouts = [
+            UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, layouts_module.CHUNK_NUMEL)
+            for unit in parts.units
+        ]
+        planner = Planner(
+            layouts,
+            parts.call_sites,
+            host_nbytes=host_nbytes,
+            device_nbytes=device_nbytes,
+            one_memory=device.one_memory,
+            has_nvme=bool(config.nvme_directories),
+            forced=config.homes,
+        )
+        try:
+            return parts, layouts, planner.make()
+        except BudgetTooSmall as failure:
+            failures.append(failure)
+        previous, largest = largest, max((unit.numel for unit in parts.units), default=0)
+        if largest == previous or largest == 0:  # the largest unit is one module that cannot be taken apart
+            raise min(failures, key=lambda failure: failure.needed_nbytes) from None
 
 
 def _poison(buffer: Tensor) -> None:

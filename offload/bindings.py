@@ -83,7 +83,8 @@ class Bindings:
             return parameter
         if self._closed:
             raise RuntimeError(
-                f"parameter {self._info[parameter].name!r} was read after engine.close(); its values are no longer at hand: "
+                f"parameter {self._info[parameter].name!r} was read after engine.close(); its values are no longer "
+                f"at hand: "
                 "take engine.state_dict() before closing"
             )
         with self._lock:
@@ -118,7 +119,8 @@ class Bindings:
                     if edited:
                         name = self._info[parameter].name
                         raise PlaceholderOverwritten(
-                            f"parameter {name!r} was edited in place, but its values live in the engine and the edit would "
+                            f"parameter {name!r} was edited in place, but its values live in the engine and the edit "
+                            f"would "
                             f"be lost; edit it inside `with engine.gather({name!r}, write=True) as parameters:`"
                         )
 
@@ -138,7 +140,7 @@ def _fingerprint(values: Tensor) -> tuple[int, int] | None:
     """Address and checksum of a host tensor; None where looking would copy from a device."""
     if values.device.type != "cpu" or not values.numel():
         return None
-    return values.data_ptr(), zlib.crc32(values.view(-1).view(torch.uint8).numpy())
+    return values.data_ptr(), zlib.crc32(values.view(-1).view(torch.uint8).numpy().data)
 
 
 def _is_edited(values: Tensor, fingerprint: tuple[int, int] | None) -> bool:

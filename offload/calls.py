@@ -1,10 +1,11 @@
 """A call of a unit: parameters there, compute, parameters gone; in backward the same again, with recomputation.
 
-[Note: one autograd node per call] To autograd a call is one node. Its forward computes with gradients enabled on detached
-inputs and drops the graph; its backward brings the unit back, computes again and runs a backward of its own inside. So a
-unit is on the device exactly from the first to the last line of one Python function: no hook decides when to let go, nothing
-that autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in reentrant checkpointing,
-every tensor that needs a gradient must enter and leave as an argument, a result or a module attribute.
+[Note: one autograd node per call] To autograd a call is one node. Its forward computes with gradients enabled on
+detached inputs and drops the graph; its backward brings the unit back, computes again and runs a backward of its own
+inside. So a unit is on the device exactly from the first to the last line of one Python function: no hook decides when
+to let go, nothing that autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in
+reentrant checkpointing, every tensor that needs a gradient must enter and leave as an argument, a result or a module
+attribute.
 Source: activation recomputation, Chen et al., arXiv:1604.06174.
 """
 
@@ -29,7 +30,11 @@ class CallHost(Protocol):
 
     device: Device
 
-    def hold(self, site: CallSite) -> contextlib.AbstractContextManager[None]:
+    @property
+    def recomputing(self) -> int:
+        """How many backwards of units the calling thread is inside of."""
+
+    def hold(self, site: CallSite, recompute: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside, the site's units are on the device and their parameters show their values."""
 
     def forward_made(self, site: CallSite) -> None:
@@ -71,7 +76,7 @@ class UnitForward:
         if not self.trainable and not any(tensor.requires_grad for tensor in tensors):
             return self._without_graph(args, kwargs)
         call = Call(self, leaves, rebuild)
-        results = UnitCall.apply(call, self._anchor if self.trainable else None, *tensors)
+        results = UnitCall.apply(call, self._anchor if self.trainable else None, *call.distinct(leaves))
         return call.deliver(list(results))
 
     def _without_graph(self, args: Any, kwargs: Any) -> Any:
@@ -89,9 +94,17 @@ class UnitForward:
             if self._mutable_buffers is None or name in self._mutable_buffers
         }
 
-    def learn_mutable(self, versions: dict[str, int]) -> None:
-        changed = {n for n, b in self.site.module.named_buffers() if b._version != versions.get(n, b._version)}
-        self._mutable_buffers = changed | (self._mutable_buffers or set())
+    def changed_buffers(self, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of `before` whose buffer holds something else now.
+
+        Values are compared, because batch norm writes its statistics without a trace in the version. That makes an
+        accelerator wait for the host, so there only the first call looks at all buffers.
+        """
+        now = dict(self.site.module.named_buffers())
+        changed = {n: b for n, b in before.items() if n in now and not torch.equal(b, now[n])}
+        if self.host.device.torch_device.type != "cpu":
+            self._mutable_buffers = set(changed) | (self._mutable_buffers or set())
+        return changed
 
 
 class Call:
@@ -102,7 +115,8 @@ class Call:
         self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
         self.boundary_nbytes = 0
         self.leaves = with_tensors(leaves, [None] * len(leaves))  # tensors are kept by autograd, which checks versions
-        self.is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+        self.place = _places(leaves)
+        self.foreign = torch._C._current_graph_task_id() != -1 and not forward.host.recomputing
         self.rebuild = rebuild
         self.random = RandomState.capture(forward.host.device)
         self.autocast = Autocast.capture(forward.host.device)
@@ -119,10 +133,17 @@ class Call:
         if not self.visited:
             self.forward.host.forward_dropped(self.forward.site)
 
+    def distinct(self, leaves: list[Any]) -> list[Tensor]:
+        """Each tensor once, however often it is passed: modules ask whether two arguments are one object."""
+        found: dict[int, Tensor] = {}
+        for leaf, place in zip(leaves, self.place, strict=True):
+            if place is not None:
+                found.setdefault(place, leaf)
+        return [found[place] for place in sorted(found)]
+
     def compute(self, inputs: Sequence[Tensor]) -> tuple[list[Any], Rebuild, list[Tensor]]:
         """Run the module with gradients on. Returns result leaves, their rebuild, and tensors stashed as attributes."""
-        fresh = iter(inputs)
-        leaves = [next(fresh) if is_tensor else leaf for leaf, is_tensor in zip(self.leaves, self.is_tensor, strict=True)]
+        leaves = [leaf if place is None else inputs[place] for leaf, place in zip(self.leaves, self.place, strict=True)]
         args, kwargs = self.rebuild(leaves)
         with torch.enable_grad(), self.autocast.applied():
             result = self.forward.original(*args, **kwargs)
@@ -169,7 +190,8 @@ class Call:
         )
         if not same:
             raise RuntimeError(
-                f"{self.forward.site.name!r} computed something else when its forward ran again in backward, so its gradients "
+                f"{self.forward.site.name!r} computed something else when its forward ran again in backward, so its "
+                f"gradients "
                 "would be wrong; it probably keeps state between calls (a key/value cache, a counter): switch that off "
                 "for training, e.g. use_cache=False"
             )
@@ -207,7 +229,6 @@ class UnitCall(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         versions = [tensor._version for tensor in tensors]
-        buffer_versions = {name: buffer._version for name, buffer in site.module.named_buffers()}
         call.buffers = forward.buffers_before()
         with host.hold(site):
             inputs = [_as_input(tensor) for tensor in tensors]
@@ -222,8 +243,7 @@ class UnitCall(torch.autograd.Function):
                 f"{site.name!r} changed one of its inputs in place, so its backward could not compute the same again; "
                 "make the module write to a new tensor, or clone the input before the call"
             )
-        forward.learn_mutable(buffer_versions)
-        call.buffers = {name: value for name, value in call.buffers.items() if name in (forward._mutable_buffers or ())}
+        call.buffers = forward.changed_buffers(call.buffers)
         call.samples = [_sample(result) for result in results]
         call.keep_result(leaves, rebuild)
         call.boundary_nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -237,12 +257,17 @@ class UnitCall(torch.autograd.Function):
         call: Call = ctx.call
         forward = call.forward
         host, site = forward.host, forward.site
+        if call.foreign:
+            raise RuntimeError(
+                f"unit {site.name!r} was called inside torch.utils.checkpoint(use_reentrant=True); the "
+                "engine recomputes by itself: switch gradient checkpointing off, or give use_reentrant=False"
+            )
         tensors = ctx.saved_tensors
         first_visit, call.visited = not call.visited, True
         host.backward_begins(site)
         inputs: list[Tensor] = []
         if any(gradient is not None for gradient in gradients):
-            with host.hold(site), replayed(call.random, host.device), call.buffers_as_before():
+            with host.hold(site, recompute=True), replayed(call.random, host.device), call.buffers_as_before():
                 inputs = [_as_input(tensor) for tensor in tensors]
                 with _measured(forward):
                     leaves, _, stashed = call.compute(inputs)
@@ -258,6 +283,12 @@ class UnitCall(torch.autograd.Function):
                 del pairs
         host.backward_ended(site, first_visit)
         return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
+
+
+def _places(leaves: list[Any]) -> list[int | None]:
+    """For each leaf, which distinct tensor it is, or None where it is none."""
+    order: dict[int, int] = {}
+    return [order.setdefault(id(leaf), len(order)) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _as_input(tensor: Tensor) -> Tensor:
@@ -311,7 +342,8 @@ def _explained(site: CallSite) -> Iterator[None]:
     except RuntimeError as error:
         if "in-place" in str(error):
             error.add_note(
-                f"raised inside unit {site.name!r}, whose inputs must stay as they are for the recomputation in backward; "
+                f"raised inside unit {site.name!r}, whose inputs must stay as they are for the recomputation in "
+                f"backward; "
                 "make the module write to a new tensor, or clone the input first"
             )
         raise

@@ -52,11 +52,15 @@ class OffloadConfig:
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
         if not isinstance(self.micro_batches, int) or isinstance(self.micro_batches, bool) or self.micro_batches < 1:
-            raise ValueError(f"micro_batches={self.micro_batches!r}; it is the number of backwards per step, an int >= 1")
+            raise ValueError(
+                f"micro_batches={self.micro_batches!r}; it is the number of backwards per step, an int >= 1"
+            )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}; give a positive number, or None for no clipping")
         if isinstance(self.keep_fp32, str):
-            raise ValueError(f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]")
+            raise ValueError(
+                f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]"
+            )
         for name in ("host_memory", "device_memory"):
             if getattr(self, name) != "auto":
                 parse_size(getattr(self, name), name)
@@ -67,7 +71,9 @@ class OffloadConfig:
             if kind not in HOME_KINDS or tier not in HOME_TIERS:
                 raise ValueError(f"homes has {kind!r}: {tier!r}; kinds are {HOME_KINDS}, tiers are {HOME_TIERS}")
             if tier == "nvme" and not self.nvme_directories:
-                raise ValueError(f'homes puts {kind!r} on "nvme" but nvme is not set; give nvme="/a/directory/on/a/drive"')
+                raise ValueError(
+                    f'homes puts {kind!r} on "nvme" but nvme is not set; give nvme="/a/directory/on/a/drive"'
+                )
 
     @property
     def nvme_directories(self) -> tuple[Path, ...]:
@@ -86,7 +92,8 @@ class OffloadConfig:
         device = self._find_device()
         if device.one_memory and self.device_memory != "auto":
             raise ValueError(
-                f"device_memory={self.device_memory!r}, but without an accelerator device and host are the same memory; "
+                f"device_memory={self.device_memory!r}, but without an accelerator device and host are the same "
+                f"memory; "
                 "set host_memory only"
             )
         return device
@@ -102,7 +109,9 @@ class OffloadConfig:
         try:
             wanted = torch.device(self.device)
         except RuntimeError as error:
-            raise ValueError(f'device={self.device!r} is not a device; give "auto", "cpu", "cuda", ... ({error})') from None
+            raise ValueError(
+                f'device={self.device!r} is not a device; give "auto", "cpu", "cuda", ... ({error})'
+            ) from None
         if wanted.type == "cpu":
             return OneMemoryDevice()
         if accelerator is None or accelerator.type != wanted.type:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import fnmatch
 import threading
 import time
@@ -24,6 +23,7 @@ from .engine_optimizer import EngineOptimizer
 from .gradients import Gradients
 from .guards import GradientInEngine, Guards
 from .homes import ChunkStream
+from .hostheap import bound_heap, trim_heap
 from .info import MemoryReport, StepInfo
 from .optimizers import OptimizerSpec
 from .order import UseOrder
@@ -58,24 +58,27 @@ class OffloadEngine:
         optimizer: an `AdamW`, `Adam` or `SGD` spec.
         config: budgets, tiers and dtype.
 
-    Raises: ValueError for a configuration, model or optimizer that cannot work, with the mend; nothing is half-made then.
+    Raises: ValueError for a configuration, model or optimizer that cannot work, with the mend; nothing is half-made.
     """
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSpec, config: OffloadConfig | None = None) -> None:
         self.config = config if config is not None else OffloadConfig()
         self.module = module
         if isinstance(module, OffloadEngine) or any(isinstance(m.forward, UnitForward) for m in module.modules()):
-            raise ValueError("the module is already wrapped by an engine; close that engine first, or build a new module")
+            raise ValueError(
+                "the module is already wrapped by an engine; close that engine first, or build a new module"
+            )
         self._spec = optimizer
         self._num_threads = torch.get_num_threads()
         torch.set_num_threads(self._num_threads)  # made explicit, so that threads started later compute with it too
+        bound_heap(self.config.host_budget_nbytes())
         parts = assemble(module, optimizer, self.config)
         groups = optimizer.make_groups(parts.parameters)
         self._parts = parts
         self._trace = parts.lanes.trace
         self.device = parts.device
         self._closed = False
-        self._lock = threading.RLock()
+        self._thread = threading.local()
         self._loop = LoopThread()
         self._stream = ChunkStream(parts.ring, parts.lanes)
         self._ledger = CallLedger()
@@ -83,18 +86,31 @@ class OffloadEngine:
         self._infos = {info.parameter: info for info in parts.parameters}
         self._order = UseOrder(_first_order(parts.partition.call_sites))
         self._residency = Residency(
-            parts.layouts, parts.homes, parts.resting, parts.device, parts.lanes, self._loop, parts.slots, parts.stage, self._order
+            parts.layouts,
+            parts.homes,
+            parts.resting,
+            parts.device,
+            parts.lanes,
+            self._loop,
+            parts.slots,
+            parts.stage,
+            self._order,
         )
         room = self._residency.make_room if parts.device.one_memory else parts.stage.acquire
         self._gradients = Gradients(
             parts.layouts, parts.homes, parts.device, parts.lanes, self._loop, room, self.config.micro_batches
         )
         self._stepper = Stepper(
-            optimizer, parts.parameters, parts.layouts, parts.homes, self._gradients, self._residency, self._stream, self._loop
+            optimizer,
+            parts.parameters,
+            parts.layouts,
+            parts.homes,
+            self._gradients,
+            self._residency,
+            self._stream,
+            self._loop,
         )
-        self._access = ParameterAccess(
-            parts.layouts, parts.homes, self._stream, self._loop, parts.device.torch_device
-        )
+        self._access = ParameterAccess(parts.layouts, parts.homes, self._stream, self._loop, parts.device.torch_device)
         self._bindings = Bindings(parts.parameters, parts.device.torch_device, self._access.read_compute)
         self._full_values: dict[nn.Parameter, Tensor] | None = None
         self._hooks: list[Any] = []
@@ -122,7 +138,7 @@ class OffloadEngine:
             self._access.fill(layout)
             for member in layout.members:
                 self._bindings.release(member.info.parameter)
-        _trim_heap()
+        trim_heap()
         self._guards = Guards(
             self.module, self._parts.parameters, self._show, self._state_dict_value, self.drop_gradients
         )
@@ -178,7 +194,9 @@ class OffloadEngine:
             raise ValueError(f"norm_type={norm_type!r}; the engine clips by the 2-norm: give norm_type=2.0")
         norm = self._stepper.norm() * self._grad_scale
         if error_if_nonfinite and not torch.isfinite(torch.tensor(norm)):
-            raise RuntimeError(f"the global gradient norm is {norm}; drop the gradients with engine.optimizer.zero_grad()")
+            raise RuntimeError(
+                f"the global gradient norm is {norm}; drop the gradients with engine.optimizer.zero_grad()"
+            )
         if norm == norm:
             self._grad_scale *= clip_factor(norm, max_norm)
         return torch.tensor(norm)
@@ -252,16 +270,20 @@ class OffloadEngine:
         chosen: list[tuple[Any, dict[nn.Parameter, HostParameter]]] = []
         for pattern in patterns:
             if not any(fnmatch.fnmatchcase(name, pattern) for info in self._infos.values() for name in info.names):
-                raise KeyError(f"no parameter matches {pattern!r}; names look like {next(iter(self._infos.values())).name!r}")
+                raise KeyError(
+                    f"no parameter matches {pattern!r}; names look like {next(iter(self._infos.values())).name!r}"
+                )
         for layout in self._parts.layouts:
-            wanted = [p for p in layout.by_parameter if any(
-                fnmatch.fnmatchcase(name, pattern) for name in self._infos[p].names for pattern in patterns
-            )]
+            wanted = [
+                p
+                for p in layout.by_parameter
+                if any(fnmatch.fnmatchcase(name, pattern) for name in self._infos[p].names for pattern in patterns)
+            ]
             if wanted:
                 values = self._access.read(layout, wanted, states=True, grads=present)
                 for parameter, value in values.items():
                     value.step = self._stepper.counts.get(parameter, 0)
-                    gathered.update({name: value for name in self._infos[parameter].names})
+                    gathered.update(dict.fromkeys(self._infos[parameter].names, value))
                 chosen.append((layout, values))
         yield gathered
         if write:
@@ -302,7 +324,7 @@ class OffloadEngine:
         self._check_open()
         buffers = dict(self.module.named_buffers())
         known = {name: info for info in self._infos.values() for name in info.names}
-        persistent = {name for name in self._names_in_state_dict()}
+        persistent = set(self._names_in_state_dict())
         missing = sorted(persistent - set(state_dict))
         unexpected = sorted(set(state_dict) - persistent)
         if strict and (missing or unexpected):
@@ -310,12 +332,17 @@ class OffloadEngine:
         for name, value in state_dict.items():
             shape = known[name].shape if name in known else buffers[name].shape if name in buffers else value.shape
             if value.shape != shape:
-                raise ValueError(f"{name!r} has shape {tuple(value.shape)} in state_dict and {tuple(shape)} in the model")
+                raise ValueError(
+                    f"{name!r} has shape {tuple(value.shape)} in state_dict and {tuple(shape)} in the model"
+                )
         for layout in self._parts.layouts:
-            chosen = {p: next((state_dict[n] for n in self._infos[p].names if n in state_dict), None) for p in layout.by_parameter}
+            chosen = {
+                p: next((state_dict[n] for n in self._infos[p].names if n in state_dict), None)
+                for p in layout.by_parameter
+            }
             values = self._access.read(layout, [p for p, v in chosen.items() if v is not None], states=True)
             for parameter, host in values.items():
-                host.value.copy_(chosen[parameter])
+                host.value.copy_(chosen[parameter])  # type: ignore[arg-type]
                 host.step = self._stepper.counts.get(parameter, 0)
             if values:
                 self._write_back([(layout, values)])
@@ -356,7 +383,7 @@ class OffloadEngine:
     def close(self) -> None:
         """Stop background work and give memory, threads and the store's lock back. Safe to call twice.
 
-        Values go with it: take `state_dict()` before. Afterwards the module's parameters show NaN, and reading one raises.
+        Values go with it: take `state_dict()` before. Afterwards parameters show NaN, and reading one raises.
         """
         if self._closed:
             return
@@ -383,7 +410,7 @@ class OffloadEngine:
     # -- what calls ask of their host (see calls.CallHost)
 
     @contextlib.contextmanager
-    def hold(self, site: CallSite) -> Iterator[None]:
+    def hold(self, site: CallSite, recompute: bool = False) -> Iterator[None]:
         self._check_open()
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
@@ -394,12 +421,19 @@ class OffloadEngine:
             self._residency.release(site.units)
             raise
         begin = self.device.record()
+        self._thread.recomputing = self.recomputing + recompute
         try:
             yield
         finally:
+            self._thread.recomputing -= recompute
             self._compute.add(site, begin, self.device.record())
             self._bindings.unbind(staged)
             self._residency.release(site.units)
+
+    @property
+    def recomputing(self) -> int:
+        """How many backwards of units the calling thread is inside of."""
+        return getattr(self._thread, "recomputing", 0)
 
     def forward_made(self, site: CallSite) -> None:
         self._ledger.made(site)
@@ -425,7 +459,7 @@ class OffloadEngine:
             self._ledger.done(site)
         for unit in site.units:
             private = any(self._bindings.is_private(info.parameter) for info in unit.parameters)
-            self._gradients.flush(unit.index, self._ledger.pending(unit.index) or private)
+            self._gradients.flush(unit.index, private or not first_visit or self._ledger.pending(unit.index))
 
     def _backward_seen(self) -> None:
         """The first node of a backward: ask autograd to tell us when the last one is done."""
@@ -433,7 +467,8 @@ class OffloadEngine:
             return
         if self._gradients.num_backwards >= self.config.micro_batches:
             raise RuntimeError(
-                f"backward number {self._gradients.num_backwards + 1} of a step with micro_batches={self.config.micro_batches}; "
+                f"backward number {self._gradients.num_backwards + 1} of a step with "
+                f"micro_batches={self.config.micro_batches}; "
                 "call engine.step() first, or set OffloadConfig(micro_batches=...) to the number of backwards per step"
             )
         self._in_backward = True
@@ -460,13 +495,18 @@ class OffloadEngine:
         done, wanted = self._gradients.num_backwards, self.config.micro_batches
         if self._broken:
             raise RuntimeError(
-                f"{self._broken}, so this step's gradients are incomplete; drop them with engine.optimizer.zero_grad() and go on"
+                f"{self._broken}, so this step's gradients are incomplete; drop them with "
+                f"engine.optimizer.zero_grad() and go on"
             )
         if done == wanted or (partial and 0 < done < wanted):
             return
         raise RuntimeError(
             f"step() after {done} of {wanted} backwards (micro_batches={wanted}); "
-            + ("call engine.backward(loss) first" if not done else "run the others, or step(partial=True) for a shorter last step")
+            + (
+                "call engine.backward(loss) first"
+                if not done
+                else "run the others, or step(partial=True) for a shorter last step"
+            )
         )
 
     # -- what the optimizer and the guards ask
@@ -533,12 +573,6 @@ def _first_order(sites: tuple[CallSite, ...]) -> dict[str, list[int]]:
     """Before the first pass: order of registration, and back."""
     forward = [unit.index for site in sites for unit in site.units]
     return {"train": forward + forward[::-1], "eval": forward}
-
-
-def _trim_heap() -> None:
-    """Give the model's freed memory back to the system: malloc keeps it otherwise, outside of every budget."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @atexit.register

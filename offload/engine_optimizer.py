@@ -31,7 +31,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._spec = spec
         super().__init__(groups, dict(spec.defaults))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One `engine.step()`; returns the closure's loss as torch does."""
         loss = None
         if closure is not None:
@@ -48,7 +48,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Raises: RuntimeError after construction: the engine places all states when it is built."""
         if hasattr(self, "_sealed"):
             raise RuntimeError(
-                "add_param_group on engine.optimizer; the engine places all states when it is built: give the groups to the "
+                "add_param_group on engine.optimizer; the engine places all states when it is built: give the groups "
+                "to the "
                 "optimizer's spec, e.g. AdamW(groups=[...])"
             )
         super().add_param_group(param_group)
@@ -58,7 +59,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._sealed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form, with masters' states brought to host memory: {"state": {index: {...}}, "param_groups": [...]}."""
+        """torch's form, with masters' states brought to host memory: "
+        "{"state": {index: {...}}, "param_groups": [...]}."""
         packed = super().state_dict()
         states = self._host.read_states()
         index = 0

@@ -83,7 +83,8 @@ class Gradients:
             return
         if gradient.layout != torch.strided:
             raise TypeError(
-                f"parameter {self._member[parameter].info.name!r} has a {gradient.layout} gradient; the engine's optimizers "
+                f"parameter {self._member[parameter].info.name!r} has a {gradient.layout} gradient; the engine's "
+                f"optimizers "
                 "are dense: build the module with sparse=False"
             )
         with self._lock:
@@ -143,7 +144,9 @@ class Gradients:
         is_last = self.num_backwards + 1 >= self._micro_batches
         self._wait_for_slot(self._layouts[unit].unit.name)
         try:
-            future = self._loop.submit(self._absorb(unit, contributions, has_earlier, is_last, *self._pack(contributions)))
+            future = self._loop.submit(
+                self._absorb(unit, contributions, has_earlier, is_last, *self._pack(contributions))
+            )
         except BaseException:
             self._slots.release()
             raise
@@ -186,18 +189,22 @@ class Gradients:
             if total_nbytes + link_nbytes:
                 lease = await self._room(total_nbytes + link_nbytes, f"{layout.unit.name}/grad")
             try:
-                if packed is not None:
-                    assert lease is not None
+                if packed is not None and lease is not None:
                     landing = lease.buffer[total_nbytes : total_nbytes + link_nbytes]
                     await self._lanes.d2h.run(
-                        self._device.download, landing, packed, made, unit=layout.unit.name, kind="grad", nbytes=link_nbytes
+                        self._device.download,
+                        landing,
+                        packed,
+                        made,
+                        unit=layout.unit.name,
+                        kind="grad",
+                        nbytes=link_nbytes,
                     )
                     contributions = unpack(contributions, landing)
                 if home.buffer is not None:
                     total = home.buffer
                 else:
-                    assert lease is not None
-                    total = lease.buffer[:total_nbytes]
+                    total = lease.buffer[:total_nbytes] if lease is not None else torch.empty(0, dtype=torch.uint8)
                     if has_earlier:
                         await home.read_all(total)
                 nbytes = sum(c.gradient.nbytes for c in contributions)
@@ -249,8 +256,11 @@ class Gradients:
             if home.buffer is None:
                 lease = await self._room(home.nbytes, f"{layout.unit.name}/grad norm")
             try:
-                total = home.buffer if lease is None else lease.buffer[: home.nbytes]
-                if lease is not None:
+                if lease is None:
+                    assert home.buffer is not None
+                    total = home.buffer
+                else:
+                    total = lease.buffer[: home.nbytes]
                     await home.read_all(total)
                 await self._lanes.cpu.run(
                     self._squares_of, layout, total, unit=layout.unit.name, kind="grad", nbytes=home.nbytes

@@ -30,7 +30,8 @@ class GradientInEngine(Tensor):
         if getattr(func, "__name__", "") in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise RuntimeError(
-            f"{getattr(func, '__name__', func)!r} on a gradient that lives in the engine; clip with engine.clip_grad_norm_(...) "
+            f"{getattr(func, '__name__', func)!r} on a gradient that lives in the engine; clip with "
+            f"engine.clip_grad_norm_(...) "
             "or OffloadConfig(clip_grad_norm=...), read or edit it inside `with engine.gather(..., write=True)`"
         )
 
@@ -109,7 +110,8 @@ class Guards:
 
 _COPY_MEND = "its values live in the engine: use engine.state_dict() and load it into a module of your own"
 _MOVE_MEND = (
-    "its values live in the engine: choose device and dtype in OffloadConfig, or take engine.state_dict() and load it into a "
+    "its values live in the engine: choose device and dtype in OffloadConfig, or take engine.state_dict() and load "
+    "it into a "
     "module of your own"
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from .layout import KINDS, Chunk, ChunkArrays, UnitLayout
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Pool
+
 
 class PieceStore(Protocol):
     """The part of the store that moves bytes; see `offload.store.Store`."""
@@ -73,13 +74,13 @@ class Home:
         await gather_all(self.write(i, self.piece(i, source)) for i in range(len(self.piece_nbytes)))
 
 
-async def gather_all(coroutines: object) -> None:
+async def gather_all(coroutines: Iterable[Awaitable[None]]) -> None:
     """Await all coroutines; when one fails, wait for the others to end before raising the first failure.
 
     Plain `asyncio.gather` returns at the first failure while its siblings run on, with buffers that the caller
     is about to release.
     """
-    results = await asyncio.gather(*coroutines, return_exceptions=True)  # type: ignore[call-overload]
+    results = await asyncio.gather(*coroutines, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):
             raise result
@@ -153,4 +154,3 @@ class ChunkStream:
         finally:
             if lease is not None:
                 lease.release()
-

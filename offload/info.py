@@ -18,7 +18,7 @@ class StepInfo:
         lr: learning rate of the first parameter group at this step.
         skipped: whether the loss or a gradient was not finite; nothing was changed then.
         seconds: from the end of the last step (or the first forward) to the end of this one.
-        tokens: number of integer inputs of the forwards with gradients, or None when the first argument is no integer tensor.
+        tokens: elements of the first argument over the forwards with gradients, or None where it is no integer tensor.
         nbytes: bytes moved, by lane: h2d and d2h cross the link, read and write NVMe, cpu is what host kernels touched.
         busy_s: seconds in which each lane worked, by lane.
         exposed_s: seconds in which compute waited, by the lane it waited for.

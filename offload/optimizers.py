@@ -55,13 +55,16 @@ class OptimizerSpec(ABC):
     ) -> None:
         """Update flat arrays [n] in place; see `kernels.optimizer`."""
 
-    def check(self, group: Mapping[str, Any]) -> None:
-        """Raises: ValueError naming the setting, its value and what was expected."""
-        unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "param_names"}
+    def check_names(self, group: Mapping[str, Any]) -> None:
+        """Raises: ValueError for a setting that the optimizer does not have (schedulers may add theirs later)."""
+        unknown = set(group) - set(self.defaults) - {"params", "param_names"}
         if unknown:
             raise ValueError(
                 f"{type(self).__name__} has no setting {sorted(unknown)[0]!r}; it has {', '.join(self.defaults)}"
             )
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Raises: ValueError naming the setting, its value and what was expected."""
         for name in ("lr", "eps", "weight_decay", "momentum"):
             if name in group and not group[name] >= 0:
                 raise ValueError(f"{name}={group[name]!r}; {type(self).__name__} needs a number >= 0")
@@ -80,6 +83,7 @@ class OptimizerSpec(ABC):
             raw = self._groups_from_list(trainable, self.groups)
         groups = [{**self.defaults, **group} for group in raw if group["params"]]
         for group in groups:
+            self.check_names(group)
             self.check(group)
         return groups
 
@@ -208,7 +212,8 @@ class SGD(OptimizerSpec):
             raise ValueError("nesterov=True needs a momentum > 0 and dampening=0, as in torch")
         if group["momentum"] != 0 and not self.active_state_names():
             raise ValueError(
-                f"momentum={group['momentum']!r} in a run that was built without momentum buffers; give momentum to SGD(...)"
+                f"momentum={group['momentum']!r} in a run that was built without momentum buffers; give momentum to "
+                f"SGD(...)"
             )
 
     def update(

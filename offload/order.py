@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 
 class UseOrder:
@@ -14,7 +14,7 @@ class UseOrder:
         initial: for each kind of pass, the order assumed before the first one.
     """
 
-    def __init__(self, initial: dict[str, Sequence[int]]) -> None:
+    def __init__(self, initial: Mapping[str, Sequence[int]]) -> None:
         self._last: dict[str, list[int]] = {kind: list(order) for kind, order in initial.items()}
         self._kind = next(iter(initial))
         self._now: list[int] = []

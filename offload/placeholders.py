@@ -30,7 +30,10 @@ class Placeholder:
                 element.view(torch.uint8).fill_(_INTEGER_POISON)
             self._element = element
             shape = parameter.shape
-            self.tensor = element.expand(shape) if parameter.numel() else torch.empty(shape, dtype=dtype, device=device)
+            if parameter.numel():
+                self.tensor = element.reshape(()).expand(shape)
+            else:
+                self.tensor = torch.empty(shape, dtype=dtype, device=device)
         self._bits = _bits_of(element) if device.type == "cpu" else None
 
     def install(self) -> None:
@@ -45,7 +48,8 @@ class Placeholder:
         if replaced or written:
             raise PlaceholderOverwritten(
                 f"the values of parameter {self.name!r} live in the engine, but its `.data` was "
-                f"{'replaced' if replaced else 'written to'} while it was released, and the new values would be lost; edit "
+                f"{'replaced' if replaced else 'written to'} while it was released, and the new values would be "
+                f"lost; edit "
                 f"it inside `with engine.gather({self.name!r}, write=True) as parameters:`"
             )
 

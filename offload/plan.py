@@ -11,14 +11,21 @@ from .sizes import format_size
 from .units import CallSite
 
 PLACED_KINDS = ("param", "grad", "states")
-"""In the order in which DRAM is given out. Bytes saved per step per byte held: a bf16 parameter saves two reads and a write,
+"""In the order in which DRAM is given out. Bytes saved per step per byte held: a parameter saves two reads and a write,
 gradients and states one of each; gradients come before states because backward waits for them."""
 
 RING_DEPTH = 3
 
 
 class BudgetTooSmall(ValueError):
-    """A memory budget that cannot run the model; the message names the unit and the smallest budget that works."""
+    """A memory budget that cannot run the model; the message names the unit and the smallest budget that works.
+
+    `needed_nbytes` is that budget.
+    """
+
+    def __init__(self, message: str, needed_nbytes: int) -> None:
+        super().__init__(message)
+        self.needed_nbytes = needed_nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class Planner:
         homes = [{kind: "nvme" if self._may_spill(kind) else "host" for kind in PLACED_KINDS} for _ in self._layouts]
         floor = self._needs(homes)
         if sum(floor) > self._host_nbytes:
-            raise BudgetTooSmall(self._too_small(homes, floor))
+            raise BudgetTooSmall(self._too_small(floor), sum(floor))
         for kind in PLACED_KINDS:
             if kind in self._forced or not self._has_nvme:
                 continue
@@ -88,7 +95,7 @@ class Planner:
                     homes[index][kind] = "nvme"
         rest, ring, stage = self._comfort(homes)
         if rest + ring + stage > self._host_nbytes:
-            rest, ring, stage = floor = self._needs(homes)
+            rest, ring, stage = self._needs(homes)
         if self._stages_anything(homes):
             stage = self._host_nbytes - rest - ring  # what is left widens the prefetch window
         return Plan(
@@ -108,8 +115,10 @@ class Planner:
         need, who = self._largest_call()
         if need > self._device_nbytes:
             raise BudgetTooSmall(
-                f"device_memory is {format_size(self._device_nbytes)}, but the call of {who} needs its parameters whole, "
-                f"{format_size(need)}; the smallest device_memory that works is {need} bytes"
+                f"device_memory is {format_size(self._device_nbytes)}, but the call of {who} needs its parameters "
+                f"whole, "
+                f"{format_size(need)}; the smallest device_memory that works is {need} bytes",
+                need,
             )
 
     def _largest_call(self) -> tuple[int, str]:
@@ -159,7 +168,7 @@ class Planner:
         spill = layout.nbytes("grad") if home["grad"] == "nvme" else 0
         return page_ceil(spill + link)
 
-    def _too_small(self, homes: Sequence[Mapping[str, str]], floor: tuple[int, int, int]) -> str:
+    def _too_small(self, floor: tuple[int, int, int]) -> str:
         rest, ring, stage = floor
         largest = max(self._layouts, key=lambda layout: layout.staged_nbytes).unit
         parts = []

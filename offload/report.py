@@ -8,7 +8,7 @@ from .sizes import format_size
 
 def unit_table(parts: Assembly) -> str:
     """One line per unit: name, parameters, bytes by kind and the tier where each kind rests."""
-    rows = [("unit", "parameters", "param", "states", "grad")]
+    rows: list[tuple[str, ...]] = [("unit", "parameters", "param", "states", "grad")]
     for layout, homes in zip(parts.layouts, parts.homes, strict=True):
         cells = []
         for kind in ("param", "states", "grad"):
@@ -20,6 +20,7 @@ def unit_table(parts: Assembly) -> str:
     plan = parts.plan
     lines.append(
         f"host memory: {format_size(plan.rest_nbytes)} at rest, {format_size(plan.ring_nbytes)} ring, "
-        f"{format_size(plan.stage_nbytes)} on the way, of {format_size(parts.host_budget_nbytes)}; device: {parts.device.name}"
+        f"{format_size(plan.stage_nbytes)} on the way, of {format_size(parts.host_budget_nbytes)}; device: "
+        f"{parts.device.name}"
     )
     return "\n".join(lines)

@@ -22,7 +22,8 @@ from .units import Unit
 
 
 class Staged:
-    """One unit's parameters on the device. `holds` counts who uses them; `last_use` is the compute event of the last."""
+    """One unit's parameters on the device. `holds` counts who uses them; `last_use` is the compute event of the "
+    "last."""
 
     __slots__ = ("buffer", "holds", "last_use", "lease", "views")
 
@@ -183,8 +184,10 @@ class Residency:
                 return lease
             if not self._fetching and self._pool.statistics().leased_nbytes == self._held_nbytes():
                 raise BudgetExceeded(
-                    f"{holder} needs {nbytes} bytes of {self._pool.name}, but all {self._pool.capacity_nbytes} bytes are held "
-                    f"by units in use ({', '.join(self._pool.statistics().holders)}); raise the budget by at least {nbytes} bytes"
+                    f"{holder} needs {nbytes} bytes of {self._pool.name}, but all {self._pool.capacity_nbytes} bytes "
+                    f"are held "
+                    f"by units in use ({', '.join(self._pool.statistics().holders)}); raise the budget by at least "
+                    f"{nbytes} bytes"
                 )
             await asyncio.wait([changed, freed], return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
@@ -321,7 +324,9 @@ class Residency:
                 if staged is None:
                     continue
                 if staged.holds:
-                    raise RuntimeError(f"unit {unit.name!r} is in use by a forward or backward; its values cannot change now")
+                    raise RuntimeError(
+                        f"unit {unit.name!r} is in use by a forward or backward; its values cannot change now"
+                    )
                 del self._staged[unit.index]
             self._let_go(staged)
         self._notify()

@@ -23,7 +23,8 @@ def parse_size(value: str | int, name: str) -> int:
             if nbytes > 0:
                 return nbytes
     raise ValueError(
-        f'{name}={value!r} is not a size; write a positive number of bytes, or a string such as "8GiB" (2**30) or "900MB" (10**6)'
+        f'{name}={value!r} is not a size; write a positive number of bytes, or a string such as "8GiB" (2**30) or '
+        f'"900MB" (10**6)'
     )
 
 

@@ -66,7 +66,8 @@ def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
         items = item if isinstance(item, (list, tuple)) else [item]
         if any(isinstance(entry, Tensor) and entry.requires_grad for entry in items):
             raise TypeError(
-                f"{where} passes a {type(leaf).__name__} whose {name!r} needs a gradient; units exchange gradients through "
+                f"{where} passes a {type(leaf).__name__} whose {name!r} needs a gradient; units exchange gradients "
+                f"through "
                 "tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
                 "torch.utils._pytree.register_pytree_node"
             )

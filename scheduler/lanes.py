@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .trace import Span, Trace
@@ -34,16 +34,12 @@ class Lane:
         cannot be called back once a thread has begun it, so returning early would let the owner release a buffer
         that the thread still reads or writes.
         """
-        loop = asyncio.get_running_loop()
-        queued_s = time.perf_counter()
-        future = loop.run_in_executor(self._executor, self._timed, queued_s, unit, kind, nbytes, work, args)
+        job = self._executor.submit(self._timed, time.perf_counter(), unit, kind, nbytes, work, args)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            if not future.cancel():
-                await asyncio.wait([future])
-            if future.done() and not future.cancelled():
-                future.exception()  # looked at here, else asyncio reports it as never retrieved
+            if not job.cancel():
+                await _until_done(job)
             raise
 
     def _timed(
@@ -58,6 +54,18 @@ class Lane:
     def close(self) -> None:
         """Wait for calls in service and end the threads."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+async def _until_done(job: Future[T]) -> None:
+    """Wait for a job that cannot be cancelled any more, whatever else asks this task to stop; its outcome is moot."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    job.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
+    while not job.done():
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            continue
 
 
 class Lanes:

@@ -50,7 +50,6 @@ def rows(report: TrainReport, options: TrainOptions) -> list[tuple[str, str]]:
 
 
 def _memory_rows(report: TrainReport) -> list[tuple[str, str]]:
-    outside = report.outside
     against = report.host_budget_nbytes + report.baseline_rss_nbytes
     table = [
         (
@@ -63,9 +62,9 @@ def _memory_rows(report: TrainReport) -> list[tuple[str, str]]:
             f"(budget + {format_nbytes(report.baseline_rss_nbytes)} of Python and torch)",
         ),
         (
-            "outside the budget, at most",
-            f"boundaries {format_nbytes(outside.boundaries_nbytes)}, one unit's temporaries "
-            f"{format_nbytes(outside.unit_temporaries_nbytes)}, logits {format_nbytes(outside.logits_nbytes)}",
+            "outside the budget",
+            f"boundaries {format_nbytes(report.boundaries_nbytes)}, one unit's temporaries "
+            f"{format_nbytes(report.temporaries_nbytes)}, logits {format_nbytes(report.logits_nbytes)}",
         ),
     ]
     if report.device_budget_nbytes:

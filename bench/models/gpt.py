@@ -63,6 +63,13 @@ class GPTConfig:
         forward = 2 * matrices + self.num_layers * 2 * seq * self.width
         return float(forward * (4 if recompute else 3))
 
+    def logits_nbytes(self, *, batch: int, seq: int, itemsize: int) -> int:
+        """Bytes that the loss of one micro-batch holds at its most: 2 V B T in the compute dtype and 3 V B T in fp32.
+
+        Logits and their gradient in the compute dtype; in fp32 the upcast logits, their log-probabilities and gradient.
+        """
+        return batch * seq * self.vocabulary * (2 * itemsize + 3 * 4)
+
 
 PRESETS: dict[str, GPTConfig] = {
     "tiny": GPTConfig(width=192, num_layers=4, num_heads=6),
@@ -215,32 +222,3 @@ class GPT(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutsideBudget:
-    """Bytes of activations that a training step holds beside staged units, gradients and states; an upper estimate."""
-
-    boundaries_nbytes: int
-    unit_temporaries_nbytes: int
-    logits_nbytes: int
-
-    @property
-    def total_nbytes(self) -> int:
-        return self.boundaries_nbytes + self.unit_temporaries_nbytes + self.logits_nbytes
-
-
-def outside_budget(config: GPTConfig, *, batch: int, seq: int, itemsize: int) -> OutsideBudget:
-    """Activation bytes of one micro-batch when every block is recomputed in backward.
-
-    One [B, T, D] boundary enters each block and the last norm. Inside one block autograd keeps, in units of B T D:
-    2 normed inputs, 3 for qkv, 2 rotated, 1 attention output, 1 residual, 4 + 4 around the GELU = 17, and the gradients
-    that flow back through it are at most as many again. Logits exist in the compute dtype and, for the loss, in fp32
-    as logits, log-probabilities and gradient.
-    """
-    positions = batch * seq
-    return OutsideBudget(
-        boundaries_nbytes=(config.num_layers + 1) * positions * config.width * itemsize,
-        unit_temporaries_nbytes=2 * 17 * positions * config.width * itemsize,
-        logits_nbytes=positions * config.vocabulary * (2 * itemsize + 3 * 4),
-    )

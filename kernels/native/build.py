@@ -29,6 +29,7 @@ FLAGS = (
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
+    "-fno-unswitch-loops",  # selects on a hyperparameter are cheap; a copy of the loop for each costs build time
 )
 X86_FLAGS = ("-mprefer-vector-width=512",)
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from . import build as _build
 
@@ -19,7 +20,7 @@ ISAS = ("portable", "avx2", "avx512")
 
 
 class AdamStruct(ctypes.Structure):
-    """`struct adam` of the C source."""
+    """`struct adam` of the C source; the fields of `factors.AdamFactors`."""
 
     _fields_ = [
         (name, ctypes.c_float)
@@ -38,7 +39,7 @@ class AdamStruct(ctypes.Structure):
 
 
 class SgdStruct(ctypes.Structure):
-    """`struct sgd` of the C source."""
+    """`struct sgd` of the C source; the fields of `factors.SgdFactors`."""
 
     _fields_ = [
         ("grad_scale", ctypes.c_float),
@@ -51,18 +52,41 @@ class SgdStruct(ctypes.Structure):
     ]
 
 
-_INT, _SIZE, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
-    "offl_limit_isa": (_INT, (_INT,)),
-    "offl_source_hash": (ctypes.c_char_p, ()),
-    "offl_adam": (None, (_INT, _SIZE, *(_POINTER,) * 5, ctypes.POINTER(AdamStruct))),
-    "offl_sgd": (None, (_INT, _SIZE, *(_POINTER,) * 4, ctypes.POINTER(SgdStruct))),
-    "offl_squared_norm": (ctypes.c_double, (_INT, _SIZE, _POINTER)),
-    "offl_copy": (None, (_INT, _INT, _SIZE, _POINTER, _POINTER)),
-    "offl_accumulate": (None, (_INT, _INT, _SIZE, _POINTER, _POINTER)),
-    "offl_split": (None, (_SIZE, _POINTER, _POINTER, _POINTER)),
-    "offl_join": (None, (_SIZE, _POINTER, _POINTER, _POINTER)),
+class RoundingStruct(ctypes.Structure):
+    """`struct rounding` of the C source."""
+
+    _fields_ = [("key0", ctypes.c_uint32), ("key1", ctypes.c_uint32), ("first_index", ctypes.c_uint64)]
+
+
+class StreamStruct(ctypes.Structure):
+    """`struct stream` of the C source: mode 0 reads, 1 reads and writes in place, 2 writes."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("size_nbytes", ctypes.c_int32), ("mode", ctypes.c_int32)]
+
+
+_INT, _SIZE, _FLOAT, _DOUBLE = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_ADDRESS = ctypes.c_void_p
+_ADAM, _SGD, _ROUNDING = (ctypes.POINTER(struct) for struct in (AdamStruct, SgdStruct, RoundingStruct))
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "limit_isa": (_INT, (_INT,)),
+    "source_hash": (ctypes.c_char_p, ()),
+    "adam": (None, (_INT, _SIZE, *(_ADDRESS,) * 5, _ADAM)),
+    "adam_bf16": (None, (_INT, _SIZE, *(_ADDRESS,) * 5, _ADAM, _ROUNDING)),
+    "adam_8bit": (None, (_INT, _SIZE, *(_ADDRESS,) * 7, _ADAM)),
+    "sgd": (None, (_INT, _SIZE, *(_ADDRESS,) * 4, _SGD)),
+    "squared_norm": (_DOUBLE, (_INT, _SIZE, _ADDRESS)),
+    "copy": (None, (_INT, _INT, _SIZE, _ADDRESS, _ADDRESS)),
+    "accumulate": (None, (_INT, _INT, _SIZE, _ADDRESS, _ADDRESS)),
+    "copy_squared_norm": (_DOUBLE, (_INT, _INT, _SIZE, _ADDRESS, _ADDRESS)),
+    "accumulate_squared_norm": (_DOUBLE, (_INT, _INT, _SIZE, _ADDRESS, _ADDRESS)),
+    "scale": (None, (_INT, _SIZE, _ADDRESS, _FLOAT)),
+    "projection_sums": (None, (_INT, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)),
+    "project": (None, (_INT, _SIZE, _ADDRESS, _ADDRESS, _ADDRESS, _FLOAT, _FLOAT)),
+    "split": (None, (_SIZE, _ADDRESS, _ADDRESS, _ADDRESS)),
+    "join": (None, (_SIZE, _ADDRESS, _ADDRESS, _ADDRESS)),
+    "stream": (ctypes.c_uint64, (_SIZE, _INT, ctypes.POINTER(StreamStruct))),
 }
+_PREFIX = "offl_"
 
 
 class LibraryUnavailable(RuntimeError):
@@ -123,7 +147,7 @@ def _open_current(path: Path) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(path))
         for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
+            function = getattr(library, _PREFIX + name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):
         return None

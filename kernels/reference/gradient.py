@@ -7,21 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import blocks, scratch
+from .master import load_master
 
-NORM_BLOCK = 4096
+SUM_BLOCK = 4096
 
 
 @torch.no_grad()
 def squared_norm(flat: Tensor) -> float:
     total = 0.0
     for (block,) in blocks(flat):
-        padding = -block.numel() % NORM_BLOCK
-        sums = F.pad(block, (0, padding)).to(torch.float64).view(-1, NORM_BLOCK)
-        sums = sums.mul_(sums)
-        while (half := sums.shape[1] // 2) > 0:
-            sums = sums[:, :half].add_(sums[:, half:])
-        for block_sum in sums.view(-1).tolist():
-            total += block_sum
+        total = _add_in_order(total, _block_dots(block, block))
     return total
 
 
@@ -35,6 +30,59 @@ def accumulate_(acc: Tensor, grad: Tensor) -> None:
 def copy_(dst: Tensor, src: Tensor) -> None:
     for dst_b, src_b in blocks(dst, src):
         dst_b.copy_(_as_float32(src_b, "t"))
+
+
+def copy_squared_norm_(dst: Tensor, src: Tensor) -> float:
+    copy_(dst, src)
+    return squared_norm(dst)
+
+
+def accumulate_squared_norm_(acc: Tensor, grad: Tensor) -> float:
+    accumulate_(acc, grad)
+    return squared_norm(acc)
+
+
+@torch.no_grad()
+def scale_(flat: Tensor, factor: float) -> None:
+    for (block,) in blocks(flat):
+        block.copy_(torch.mul(_as_float32(block, "t"), factor, out=scratch("t", block)))
+
+
+@torch.no_grad()
+def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[float, float, float]:
+    weight_grad = weight_weight = grad_grad = 0.0
+    for param_b, low_b, grad_b in blocks(param, low, grad):
+        w = load_master(param_b, low_b)
+        weight_grad = _add_in_order(weight_grad, _block_dots(w, grad_b))
+        weight_weight = _add_in_order(weight_weight, _block_dots(w, w))
+        grad_grad = _add_in_order(grad_grad, _block_dots(grad_b, grad_b))
+    return weight_grad, weight_weight, grad_grad
+
+
+@torch.no_grad()
+def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float, rescale: float) -> None:
+    for param_b, low_b, grad_b in blocks(param, low, grad):
+        along = torch.mul(load_master(param_b, low_b), coefficient, out=scratch("t", grad_b))
+        grad_b.copy_(torch.sub(_as_float32(grad_b, "g"), along, out=along).mul_(rescale))
+
+
+def _block_dots(a: Tensor, b: Tensor) -> list[float]:
+    """The dot product of each 4096 elements, the last ones padded with zeros, as a tree in float64."""
+    products = _padded(a).mul_(_padded(b)) if a is not b else _padded(a).square_()
+    while (half := products.shape[1] // 2) > 0:
+        products = products[:, :half].add_(products[:, half:])
+    sums: list[float] = products.view(-1).tolist()
+    return sums
+
+
+def _padded(block: Tensor) -> Tensor:
+    return F.pad(block, (0, -block.numel() % SUM_BLOCK)).to(torch.float64).view(-1, SUM_BLOCK)
+
+
+def _add_in_order(total: float, sums: list[float]) -> float:
+    for value in sums:  # not sum(): since Python 3.12 it compensates the rounding
+        total += value
+    return total
 
 
 def _as_float32(block: Tensor, role: str) -> Tensor:

@@ -39,3 +39,18 @@ def join_block(param: Tensor, low: Tensor, master: Tensor) -> None:
     """bits = (high << 16) + low."""
     bits = master.view(torch.int32)
     bits.copy_(param.view(torch.int16)).mul_(0x10000).add_(scratch("bits", master, torch.int32).copy_(low))
+
+
+def load_master(param: Tensor, low: Tensor | None) -> Tensor:
+    """The fp32 master of a block: `param` itself, or scratch memory that holds the joined halves."""
+    if low is None:
+        return param
+    master = scratch("p", param)
+    join_block(param, low, master)
+    return master
+
+
+def store_master(master: Tensor, param: Tensor, low: Tensor | None) -> None:
+    """Put back what `load_master` gave."""
+    if low is not None:
+        split_block(master, param, low)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..factors import AdamFactors, SgdFactors
 from .blocks import blocks, scratch
-from .master import join_block, split_block
+from .master import load_master, store_master
 
 
 @torch.no_grad()
@@ -15,9 +15,9 @@ def adam_(
     param: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, factors: AdamFactors
 ) -> None:
     for param_b, low_b, m, v, grad_b in blocks(param, low, exp_avg, exp_avg_sq, grad):
-        p = _load_master(param_b, low_b)
-        _adam_block(p, m, v, _gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
-        _store_master(p, param_b, low_b)
+        p = load_master(param_b, low_b)
+        adam_block(p, m, v, gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
+        store_master(p, param_b, low_b)
 
 
 @torch.no_grad()
@@ -25,18 +25,18 @@ def sgd_(
     param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors
 ) -> None:
     for param_b, low_b, buffer_b, grad_b in blocks(param, low, momentum_buffer, grad):
-        p = _load_master(param_b, low_b)
-        _sgd_block(p, buffer_b, _gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
-        _store_master(p, param_b, low_b)
+        p = load_master(param_b, low_b)
+        _sgd_block(p, buffer_b, gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
+        store_master(p, param_b, low_b)
 
 
-def _adam_block(p: Tensor, m: Tensor, v: Tensor, g: Tensor, f: AdamFactors) -> None:
+def adam_block(p: Tensor, m: Tensor, v: Tensor, g: Tensor, f: AdamFactors) -> None:
     t = scratch("t", p)
     torch.sub(g, m, out=t)
     m.add_(t.mul_(f.one_minus_beta1))
     torch.mul(g, g, out=t)
     v.mul_(f.beta2).add_(t.mul_(f.one_minus_beta2))
-    sqrt_block(v, t)
+    t.copy_(scratch("wide", p, torch.float64).copy_(v).sqrt_())  # see sqrt_
     t.mul_(f.rsqrt_bias2).add_(f.eps)
     torch.div(m, t, out=t)
     t.mul_(f.step_size)
@@ -46,15 +46,14 @@ def _adam_block(p: Tensor, m: Tensor, v: Tensor, g: Tensor, f: AdamFactors) -> N
     p.sub_(t)
 
 
-def sqrt_block(source: Tensor, target: Tensor) -> None:
-    """The correctly rounded float32 square root.
+def sqrt_(values: Tensor) -> Tensor:
+    """Take the correctly rounded float32 square root in place.
 
-    Taken in float64: torch.sqrt on a CPU calls a vector library that is off by one unit in the last place for one
-    number in 150. Rounding the float64 root gives the right float32 even so, because the root of a 24-bit number lies
-    further from every rounding boundary than the error of the float64 root.
+    It goes through float64: torch.sqrt on a CPU calls a vector library that is off by one unit in the last place for
+    one number in 150. Rounding the float64 root gives the right float32 even so, because the root of a 24-bit number
+    lies further from every rounding boundary than the error of the float64 root.
     """
-    wide = scratch("wide", source, torch.float64)
-    target.copy_(wide.copy_(source).sqrt_())
+    return values.copy_(values.to(torch.float64).sqrt_())
 
 
 def _sgd_block(p: Tensor, b: Tensor | None, g: Tensor, f: SgdFactors) -> None:
@@ -68,7 +67,7 @@ def _sgd_block(p: Tensor, b: Tensor | None, g: Tensor, f: SgdFactors) -> None:
     p.sub_(torch.mul(g, f.lr, out=t))
 
 
-def _gradient(grad: Tensor, p: Tensor, scale: float, l2: float) -> Tensor:
+def gradient(grad: Tensor, p: Tensor, scale: float, l2: float) -> Tensor:
     """The gradient in fp32, scaled, with the L2 term; `grad` itself is never written."""
     if grad.dtype == torch.float32 and scale == 1.0 and l2 == 0.0:
         return grad
@@ -80,16 +79,3 @@ def _gradient(grad: Tensor, p: Tensor, scale: float, l2: float) -> Tensor:
         if scale != 1.0:
             g.mul_(scale)
     return g if l2 == 0.0 else g.add_(torch.mul(p, l2, out=scratch("s", p)))
-
-
-def _load_master(param: Tensor, low: Tensor | None) -> Tensor:
-    if low is None:
-        return param
-    p = scratch("p", param)
-    join_block(param, low, p)
-    return p
-
-
-def _store_master(p: Tensor, param: Tensor, low: Tensor | None) -> None:
-    if low is not None:
-        split_block(p, param, low)

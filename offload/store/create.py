@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..scheduler.storage import Backend, NoSpace
+from ..scheduler.storage import Backend, NoSpace, flush_fully
 from .document import MANIFEST_NAME, STORE_NAME, load
 from .errors import NotResumable, StoreCorrupt, StoreMissing
 from .genesis import Genesis
@@ -29,6 +29,8 @@ def make_files(backends: Sequence[Backend], layout: Layout, genesis: Genesis) ->
         for directory, name, nbytes in layout.file_names(genesis.num_slots):
             backends[directory].reserve(name, nbytes)
             made.append((backends[directory], name))
+            if genesis.every is not None:
+                _flush(backends[directory], name)
         made += [(backend, STORE_NAME) for backend in backends]
         genesis.write(backends)
         yield
@@ -37,6 +39,16 @@ def make_files(backends: Sequence[Backend], layout: Layout, genesis: Genesis) ->
             backend.remove(name)
             backend.remove(f"{name}.tmp")
         raise
+
+
+def _flush(backend: Backend, name: str) -> None:
+    # The length of a slot must survive a power cut as surely as a step in the other one: a later re-open refuses a
+    # store with a short file, and the first commit flushes only the slot that it wrote.
+    file = backend.open(name)
+    try:
+        flush_fully(file)
+    finally:
+        file.close()
 
 
 def _check_space(backends: Sequence[Backend], layout: Layout, num_slots: int) -> None:

@@ -3,7 +3,11 @@
 from .backend import ALIGN_NBYTES, Backend, StorageFile
 from .drive import DriveTuning, file_system
 from .errors import NoSpace, OffloadIOError
+from .faults import Fault, FaultyBackend
 from .files import PosixBackend, PosixFile, ensure_descriptors, open_backend, prove, view_of
+from .memory import MemoryBackend
+from .paced import Pace, PacedBackend
+from .power import OperationLog, RecordingBackend
 from .queue import NEEDED_AT_COMMIT, NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue, QueueStatistics
 from .transfer import NUM_RETRIES, flush_fully, read_fully, write_fully
 
@@ -17,11 +21,18 @@ __all__ = [
     "Backend",
     "DriveQueue",
     "DriveTuning",
+    "Fault",
+    "FaultyBackend",
+    "MemoryBackend",
     "NoSpace",
     "OffloadIOError",
+    "OperationLog",
+    "Pace",
+    "PacedBackend",
     "PosixBackend",
     "PosixFile",
     "QueueStatistics",
+    "RecordingBackend",
     "StorageFile",
     "ensure_descriptors",
     "file_system",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..lanes import Lane
+from .tracked import Tracked
 
 T = TypeVar("T")
 
@@ -80,8 +81,13 @@ class DriveQueue:
         Raises: the exception given to `refuse`, if the queue was closed before the request began.
         """
         ticket = await self._enter(lane.name, nbytes, needed, label)
+        tracked = Tracked(work)
         try:
-            return await lane.run(work, *args, unit=unit, kind=kind, nbytes=nbytes)
+            return await lane.run(tracked, *args, unit=unit, kind=kind, nbytes=nbytes)
+        except asyncio.CancelledError:
+            # A thread that has begun cannot be called back. Ending before it would give its buffer to somebody else.
+            await tracked.settled()
+            raise
         finally:
             self._leave(ticket)
 

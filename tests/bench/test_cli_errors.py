@@ -55,7 +55,8 @@ def test_mistake_is_named_in_one_line(capsys: pytest.CaptureFixture[str], argume
 def test_nvme_path_that_is_a_file_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("not a folder")
-    assert str(path) in refusal(capsys, "train", "--quiet", "--steps", "1", "--nvme", str(path))
+    flags = ("--quiet", "--steps", "1", "--host-memory", "16MiB")
+    assert f"{path} is a file" in refusal(capsys, "train", *flags, "--nvme", str(path))
     assert path.read_text() == "not a folder"
 
 

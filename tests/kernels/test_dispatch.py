@@ -78,9 +78,9 @@ def test_build_reports_the_compilers_words(tmp_path: Path) -> None:
 def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
     """A stale library beside the package would compute yesterday's formula."""
     source = tmp_path / "old.c"
-    names = [name for name in library._SIGNATURES if name != "offl_source_hash"]
+    names = [name for name in library._SIGNATURES if name != "source_hash"]
     source.write_text(
-        'const char *offl_source_hash(void) { return "0000"; }\n' + "".join(f"void {name}(void) {{}}\n" for name in names)
+        'const char *offl_source_hash(void) { return "0000"; }\n' + "".join(f"void offl_{name}(void) {{}}\n" for name in names)
     )
     command = build.find_compiler()
     assert command is not None

@@ -39,6 +39,7 @@ def native_libraries(names: list[str]) -> list[str]:
     return [name for name in names if name.startswith("offload/kernels/native/") and name.endswith((".so", ".dylib"))]
 
 
+@pytest.mark.timeout(400)  # compiles the native kernels: ten seconds on an idle machine
 def test_wheel_holds_one_top_level_package_and_its_data(tmp_path: Path) -> None:
     names, _ = build_wheel(tmp_path, compiler=None)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"offload"}

@@ -1,0 +1,367 @@
+"""Speed of the kernels beside what the memory gives: one row per (kernel, implementation).
+
+The roof of a row is measured in the same run, with the same threads and the same streams: a pass that reads, writes
+or updates in place arrays of the same widths and does next to no arithmetic. Kernel and roof take turns, and both
+count with their best repetition, because what else runs on the machine can only slow them.
+
+Peers, untuned: torch's fused AdamW over fp32 parameters followed by a bf16 copy of them, which is what a split master
+replaces, and torch.compile of the split-master formula.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from offload.kernels import dispatch, gradient, master, moments, optimizer
+from offload.kernels.native import library
+from offload.kernels.rounding import Rounding
+from torch import Tensor
+
+CHUNK = 1 << 20  # elements that one call of an executor thread works on
+READ, UPDATE, WRITE = 0, 1, 2
+ADAMW = optimizer.AdamScalars(
+    lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, decoupled=True
+)
+SGD = optimizer.SgdScalars(lr=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=False, first=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. GB = 1e9 bytes; CPU seconds count all threads of the process."""
+
+    name: str
+    implementation: str
+    dtype_form: str
+    elements: int
+    threads: int
+    bytes_per_element: float
+    gb_per_s: float
+    elements_per_s: float
+    roof_gb_per_s: float | None
+    of_roof: float | None
+    cpu_s_per_1e9: float
+    bits_equal_reference: bool | None  # None: a peer, which computes something else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A kernel over whole arrays: `call` works on one range of all `arrays`."""
+
+    name: str
+    form: str
+    arrays: dict[str, Tensor]
+    streams: tuple[tuple[int, int], ...]  # (bytes per element, READ | UPDATE | WRITE)
+    call: Callable[..., object]
+    peer: str | None = None  # then `call` takes the whole arrays and uses torch's own threads
+
+    @property
+    def bytes_per_element(self) -> int:
+        return sum(size * (2 if mode == UPDATE else 1) for size, mode in self.streams)
+
+
+def run(quick: bool, json_path: Path | str | None = None, threads: int | None = None) -> list[Row]:
+    """Measure every kernel on this machine, print a table, write the rows to `json_path` as a list of objects.
+
+    Args:
+        quick: arrays that partly fit in caches, few repetitions, no torch.compile: a smoke test, not a measurement.
+        threads: executor threads and torch threads; by default as many as torch uses.
+    """
+    threads = threads or torch.get_num_threads()
+    elements = 1 << 22 if quick else 1 << 26
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    rows = []
+    try:
+        for case in cases(elements, with_compile=not quick):
+            rows += measure_case(case, elements, threads, repetitions=3 if quick else 9)
+    finally:
+        torch.set_num_threads(before)
+    print(table(rows))
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return rows
+
+
+def cases(n: int, *, with_compile: bool) -> Iterable[Case]:
+    """The kernels with their arrays of `n` elements; arrays are made one case at a time."""
+    yield _adam(n, is_split=True, grad=torch.bfloat16)
+    yield _adam(n, is_split=True, grad=torch.float32)
+    yield _adam(n, is_split=False, grad=torch.float32)
+    yield _fused_adamw(n)
+    if with_compile:
+        yield _compiled_adamw(n)
+    yield _sgd(n)
+    yield _adam_bf16(n)
+    yield _adam_8bit(n)
+    yield from _gradient_cases(n)
+
+
+def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> list[Row]:
+    """The rows of one case: the peer itself, or each implementation that runs here."""
+    if case.peer is not None:
+        return [_measure(case, case.peer, elements, threads, repetitions, lambda: case.call(**case.arrays), None)]
+    rows = []
+    names = ["native", "reference"] if dispatch.why_not_native() is None else ["reference"]
+    for name in names:
+        with dispatch.use(name), ThreadPoolExecutor(threads) as executor:
+
+            def one_pass(executor: ThreadPoolExecutor = executor) -> None:
+                list(executor.map(lambda start: case.call(**_part(case.arrays, start, CHUNK)), range(0, elements, CHUNK)))
+
+            few = repetitions if name == "native" else max(2, repetitions // 3)
+            equal = True if name == "reference" else bits_equal(case)
+            rows.append(_measure(case, name, elements, threads, few, one_pass, equal))
+    return rows
+
+
+def bits_equal(case: Case) -> bool:
+    """Whether native and reference leave the same bits in every array after one call on an odd range."""
+    results = []
+    for name in ("native", "reference"):
+        part = {key: value.clone() for key, value in _part(case.arrays, 0, 100_003).items()}
+        with dispatch.use(name):
+            value = case.call(**part)
+        results.append((part, value))
+    (left, left_value), (right, right_value) = results
+    return left_value == right_value and all(
+        torch.equal(left[key].view(torch.uint8), right[key].view(torch.uint8)) for key in left
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text."""
+    lines = [
+        f"{'kernel':<24}{'form':<26}{'implementation':<16}{'B/el':>6}{'GB/s':>8}{'Gel/s':>8}{'roof':>7}{'of roof':>9}"
+        f"{'cpu s/1e9':>11}  same bits"
+    ]
+    for row in rows:
+        roof = f"{row.roof_gb_per_s:7.1f}" if row.roof_gb_per_s is not None else f"{'-':>7}"
+        share = f"{row.of_roof:9.0%}" if row.of_roof is not None else f"{'-':>9}"
+        bits = {True: "yes", False: "NO", None: "-"}[row.bits_equal_reference]
+        lines.append(
+            f"{row.name:<24}{row.dtype_form:<26}{row.implementation:<16}{row.bytes_per_element:6.1f}"
+            f"{row.gb_per_s:8.1f}{row.elements_per_s / 1e9:8.2f}{roof}{share}{row.cpu_s_per_1e9:11.2f}  {bits}"
+        )
+    return "\n".join(lines)
+
+
+def _measure(
+    case: Case,
+    implementation: str,
+    elements: int,
+    threads: int,
+    repetitions: int,
+    one_pass: Callable[[], object],
+    equal: bool | None,
+) -> Row:
+    roof_pass = _roof_pass(case, elements, threads)
+    best_s = best_roof_s = best_cpu_s = float("inf")
+    one_pass()  # touches every page, fills scratch memory, compiles what a peer compiles
+    for _ in range(repetitions):
+        if roof_pass is not None:
+            best_roof_s = min(best_roof_s, _timed(roof_pass)[0])
+        wall_s, cpu_s = _timed(one_pass)
+        best_s, best_cpu_s = min(best_s, wall_s), min(best_cpu_s, cpu_s)
+    nbytes = case.bytes_per_element * elements
+    roof = nbytes / best_roof_s / 1e9 if roof_pass is not None else None
+    return Row(
+        name=case.name,
+        implementation=implementation,
+        dtype_form=case.form,
+        elements=elements,
+        threads=threads,
+        bytes_per_element=case.bytes_per_element,
+        gb_per_s=nbytes / best_s / 1e9,
+        elements_per_s=elements / best_s,
+        roof_gb_per_s=roof,
+        of_roof=None if roof is None else nbytes / best_s / 1e9 / roof,
+        cpu_s_per_1e9=best_cpu_s / elements * 1e9,
+        bits_equal_reference=equal,
+    )
+
+
+def _timed(function: Callable[[], object]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    function()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _roof_pass(case: Case, elements: int, threads: int) -> Callable[[], None] | None:
+    """A pass over arrays of the case's widths with next to no arithmetic; None without the native library."""
+    if dispatch.why_not_native() is not None:
+        return None
+    native = library.load()
+    arrays = [torch.zeros(elements * size, dtype=torch.uint8) for size, _ in case.streams]
+
+    def chunk(start: int) -> None:
+        structs = (library.StreamStruct * len(arrays))()
+        for struct, array, (size, mode) in zip(structs, arrays, case.streams, strict=True):
+            struct.data, struct.size_nbytes, struct.mode = array.data_ptr() + start * size, size, mode
+        native.offl_stream(min(CHUNK, elements - start), len(arrays), ctypes.cast(structs, ctypes.POINTER(library.StreamStruct)))
+
+    executor = ThreadPoolExecutor(threads)
+    return lambda: list(executor.map(chunk, range(0, elements, CHUNK))) and None
+
+
+def _part(arrays: dict[str, Tensor], start: int, count: int) -> dict[str, Tensor]:
+    """The arrays' elements from `start` on; arrays named *_scale hold one number for each 256 elements."""
+    return {
+        name: array[start // 256 : -(-(start + count) // 256)] if name.endswith("_scale") else array[start : start + count]
+        for name, array in arrays.items()
+    }
+
+
+def _master(n: int, *, is_split: bool) -> dict[str, Tensor]:
+    values = torch.randn(n) * 0.02
+    if not is_split:
+        return {"param": values}
+    param, low = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+    master.split_(values, param, low)
+    return {"param": param, "low": low}
+
+
+def _master_streams(is_split: bool) -> tuple[tuple[int, int], ...]:
+    return ((2, UPDATE), (2, UPDATE)) if is_split else ((4, UPDATE),)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def _adam(n: int, *, is_split: bool, grad: torch.dtype) -> Case:
+    return Case(
+        name="adamw",
+        form=f"{'split' if is_split else 'fp32'} master, {_name(grad)} grad",
+        arrays=_master(n, is_split=is_split)
+        | {"exp_avg": torch.randn(n) * 0.01, "exp_avg_sq": torch.rand(n) * 1e-4, "grad": (torch.randn(n) * 0.01).to(grad)},
+        streams=(*_master_streams(is_split), (4, UPDATE), (4, UPDATE), (grad.itemsize, READ)),
+        call=lambda param, exp_avg, exp_avg_sq, grad, low=None: optimizer.adam_(
+            param, low, exp_avg, exp_avg_sq, grad, ADAMW, 0.5
+        ),
+    )
+
+
+def _sgd(n: int) -> Case:
+    return Case(
+        name="sgd momentum",
+        form="split master, bf16 grad",
+        arrays=_master(n, is_split=True)
+        | {"buffer": torch.randn(n) * 0.01, "grad": (torch.randn(n) * 0.01).bfloat16()},
+        streams=(*_master_streams(True), (4, UPDATE), (2, READ)),
+        call=lambda param, low, buffer, grad: optimizer.sgd_(param, low, buffer, grad, SGD, 0.5),
+    )
+
+
+def _adam_bf16(n: int) -> Case:
+    return Case(
+        name="adamw bf16 moments",
+        form="split master, bf16 grad",
+        arrays=_master(n, is_split=True)
+        | {
+            "exp_avg": (torch.randn(n) * 0.01).bfloat16(),
+            "exp_avg_sq": (torch.rand(n) * 1e-4).bfloat16(),
+            "grad": (torch.randn(n) * 0.01).bfloat16(),
+        },
+        streams=(*_master_streams(True), (2, UPDATE), (2, UPDATE), (2, READ)),
+        call=lambda param, low, exp_avg, exp_avg_sq, grad: moments.adam_bf16_(
+            param, low, exp_avg, exp_avg_sq, grad, ADAMW, Rounding(seed=0, step=3, first_index=0), 0.5
+        ),
+    )
+
+
+def _adam_8bit(n: int) -> Case:
+    scales = moments.num_scales(n)
+    return Case(
+        name="adamw 8-bit moments",
+        form="split master, bf16 grad",
+        arrays=_master(n, is_split=True)
+        | {
+            "exp_avg": torch.randint(-127, 128, (n,), dtype=torch.int8),
+            "exp_avg_scale": torch.full((scales,), 0.01),
+            "exp_avg_sq": torch.randint(1, 256, (n,), dtype=torch.uint8),
+            "exp_avg_sq_scale": torch.full((scales,), 1e-4),
+            "grad": (torch.randn(n) * 0.01).bfloat16(),
+        },
+        streams=(*_master_streams(True), (1, UPDATE), (1, UPDATE), (2, READ)),
+        call=lambda param, low, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, grad: moments.adam_8bit_(
+            param, low, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, grad, ADAMW, 0.5
+        ),
+    )
+
+
+def _gradient_cases(n: int) -> Iterable[Case]:
+    narrow, wide = (torch.randn(n) * 0.01).bfloat16(), torch.randn(n) * 0.01
+    yield Case(
+        name="squared norm", form="bf16", arrays={"flat": narrow}, streams=((2, READ),), call=gradient.squared_norm
+    )
+    yield Case(name="squared norm", form="fp32", arrays={"flat": wide}, streams=((4, READ),), call=gradient.squared_norm)
+    yield Case(
+        name="accumulate",
+        form="fp32 += bf16",
+        arrays={"acc": wide, "grad": narrow},
+        streams=((4, UPDATE), (2, READ)),
+        call=gradient.accumulate_,
+    )
+    yield Case(
+        name="accumulate and norm",
+        form="fp32 += bf16",
+        arrays={"acc": wide, "grad": narrow},
+        streams=((4, UPDATE), (2, READ)),
+        call=gradient.accumulate_squared_norm_,
+    )
+    yield Case(
+        name="copy",
+        form="bf16 <- fp32",
+        arrays={"dst": narrow, "src": wide},
+        streams=((2, WRITE), (4, READ)),
+        call=gradient.copy_,
+    )
+
+
+def _fused_adamw(n: int) -> Case:
+    param = torch.nn.Parameter(torch.randn(n) * 0.02)
+    param.grad = torch.randn(n) * 0.01
+    optim = torch.optim.AdamW([param], lr=1e-3, weight_decay=0.1, fused=True)
+
+    def call(half: Tensor) -> None:
+        optim.step()
+        half.copy_(param.detach())
+
+    return Case(
+        name="adamw",
+        form="fp32, then bf16 copy",
+        arrays={"half": torch.empty(n, dtype=torch.bfloat16)},
+        streams=((4, UPDATE), (4, UPDATE), (4, UPDATE), (4, READ), (4, READ), (2, WRITE)),
+        call=call,
+        peer="torch fused",
+    )
+
+
+def _compiled_adamw(n: int) -> Case:
+    case = _adam(n, is_split=True, grad=torch.bfloat16)
+    bias1, bias2 = 1 - ADAMW.beta1**ADAMW.step, 1 - ADAMW.beta2**ADAMW.step
+
+    @torch.compile
+    def step(param: Tensor, low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor) -> None:
+        bits = (param.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+        p, g = bits.view(torch.float32), grad.float() * 0.5
+        m = exp_avg + (g - exp_avg) * (1 - ADAMW.beta1)
+        v = exp_avg_sq * ADAMW.beta2 + (g * g) * (1 - ADAMW.beta2)
+        update = (ADAMW.lr / bias1) * (m / (v.sqrt() * bias2**-0.5 + ADAMW.eps))
+        p = p - (update + p * (ADAMW.lr * ADAMW.weight_decay))
+        bits = torch.where(torch.isnan(p), 0x7FC00000, p.view(torch.int32))
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        low.copy_(bits.to(torch.int16))
+        param.view(torch.int16).copy_(((bits + 0x8000) >> 16).to(torch.int16))
+
+    return Case(
+        name=case.name, form=case.form, arrays=case.arrays, streams=case.streams, call=step, peer="torch.compile"
+    )

@@ -1,0 +1,33 @@
+"""Splitting and joining masters in Triton: 8 bytes per element, the bits of `offload.kernels.master`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .formats import BLOCK, OPTIONS, launches, load_master, raw, store_master
+
+
+@triton.jit
+def split_kernel(master, param, low, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    store_master(param, low, at, mask, tl.load(master + at, mask=mask, other=0.0), True)
+
+
+@triton.jit
+def join_kernel(master, param, low, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < n
+    tl.store(master + at, load_master(param, low, at, mask, True), mask=mask)
+
+
+def split_(master: Tensor, param: Tensor, low: Tensor) -> None:
+    for first, count, programs in launches(master.numel()):
+        split_kernel[(programs,)](master[first:], raw(param)[first:], low[first:], count, BLOCK=BLOCK, **OPTIONS)
+
+
+def join_(param: Tensor, low: Tensor, master: Tensor) -> None:
+    for first, count, programs in launches(master.numel()):
+        join_kernel[(programs,)](master[first:], raw(param)[first:], low[first:], count, BLOCK=BLOCK, **OPTIONS)
