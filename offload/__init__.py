@@ -1,5 +1,4 @@
-"""Train and fine-tune PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and "
-"NVMe."""
+"""Train PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and NVMe."""
 
 from .config import OffloadConfig
 from .engine import EngineClosed, OffloadEngine

@@ -52,8 +52,7 @@ class Autocast:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """These settings without autocast's cache, which would keep cast copies of weights that have left the "
-        "device."""
+        """These settings, without the cache in which autocast keeps cast copies of weights."""
         with contextlib.ExitStack() as stack:
             for device_type, enabled, dtype in self.settings:
                 if enabled or torch.is_autocast_enabled(device_type):

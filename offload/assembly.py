@@ -1,5 +1,4 @@
-"""Builds the parts of an engine from a module, an optimizer and a configuration: units, layouts, plan, pools, "
-"homes, store."""
+"""Builds an engine's parts from module, optimizer and configuration: units, layouts, plan, pools, homes, store."""
 
 from __future__ import annotations
 

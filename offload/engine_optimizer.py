@@ -59,8 +59,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._sealed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form, with masters' states brought to host memory: "
-        "{"state": {index: {...}}, "param_groups": [...]}."""
+        """torch's form, with states brought to host memory: {"state": {index: {...}}, "param_groups": [...]}."""
         packed = super().state_dict()
         states = self._host.read_states()
         index = 0

@@ -22,8 +22,7 @@ from .units import Unit
 
 
 class Staged:
-    """One unit's parameters on the device. `holds` counts who uses them; `last_use` is the compute event of the "
-    "last."""
+    """One unit on the device. `holds` counts who uses it; `last_use` is the compute event of the last use."""
 
     __slots__ = ("buffer", "holds", "last_use", "lease", "views")
 
