@@ -49,7 +49,8 @@ def as_float32(values, CODE: tl.constexpr):
     """Values of a loaded fp32, bf16 (int16 patterns) or fp16 buffer in float32."""
     if CODE == 1:
         return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return values.to(tl.float32)
+    else:
+        return values.to(tl.float32)
 
 
 @triton.jit
@@ -59,9 +60,10 @@ def from_float32(values, CODE: tl.constexpr):
         bits = values.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(values != values, 0x7FC0, rounded).to(tl.int16)
-    if CODE == 2:
+    elif CODE == 2:
         return values.to(tl.float16)
-    return values
+    else:
+        return values
 
 
 @triton.jit
@@ -71,7 +73,8 @@ def load_master(param, low, at, mask, IS_SPLIT: tl.constexpr):
         high = tl.load(param + at, mask=mask, other=0).to(tl.int32)
         bits = (high << 16) + tl.load(low + at, mask=mask, other=0).to(tl.int32)
         return bits.to(tl.float32, bitcast=True)
-    return tl.load(param + at, mask=mask, other=0.0)
+    else:
+        return tl.load(param + at, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -23,6 +23,16 @@ DRIVE_NAME = "drive.json"
 BackendFactory = Callable[[Path], Backend]
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """Marks a factory whose backends are volatile: no folder is made and no lock taken before it is called."""
+
+    factory: BackendFactory
+
+    def __call__(self, root: Path) -> Backend:
+        return self.factory(root)
+
+
 def is_ours(name: str) -> bool:
     """Whether a file of this name in the store's folder was made by a store."""
     plain = name.removesuffix(TEMPORARY_SUFFIX)
@@ -87,11 +97,9 @@ def open_folders(directories: Sequence[Path | str], factory: BackendFactory | No
 
 def _open_one(folders: Folders, path: Path, factory: BackendFactory | None, make: bool) -> None:
     root = path / FOLDER_NAME
-    if factory is not None:
-        backend = factory(root)
-        if backend.volatile:
-            folders.backends.append(backend)
-            return
+    if isinstance(factory, InMemory):
+        folders.backends.append(factory(root))
+        return
     for place in (path, root):
         if os.path.lexists(place) and not place.is_dir():
             raise StoreError(f"{place} is a file; the store needs a directory: name another path")

@@ -12,7 +12,7 @@ from offload.store import commit as commit_module
 from offload.store import create as create_module
 from offload.store import document as document_module
 from offload.store.commit import Committer
-from offload.store.folder import FOLDER_NAME
+from offload.store.folder import FOLDER_NAME, InMemory
 from offload.store.slots import ExtentSlots
 
 DIRECTORIES = [Path("/first"), Path("/second")]
@@ -34,7 +34,7 @@ async def train(kit, members, lanes, history, seed):
     chance = random.Random(seed)
     store = Store.create(
         DIRECTORIES, members, kit.IDENTITY, lanes, durability="step",
-        backend=lambda root: RecordingBackend(MemoryBackend(root), history.log),
+        backend=InMemory(lambda root: RecordingBackend(MemoryBackend(root), history.log)),
     )  # fmt: skip
     now, commit = {}, None
     for step in range(NUM_STEPS):
@@ -67,7 +67,7 @@ def check_cut(kit, members, lanes, history, tick, seed):
     try:
         store = Store.reopen(
             DIRECTORIES, members, kit.IDENTITY, lanes,
-            backend=lambda root: MemoryBackend(root, files=files.get(root, {})),
+            backend=InMemory(lambda root: MemoryBackend(root, files=files.get(root, {}))),
         )  # fmt: skip
     except (NotResumable, StoreMissing) as error:
         assert sure is None, f"step {sure} was promised, but: {error}"
@@ -181,7 +181,9 @@ def test_reopened_after_a_cut_the_run_goes_on_and_survives_the_next_cut(kit, mem
         for root, content in files.items():
             log.adopt(root, content)
         adopted = log.now
-        options = {"backend": lambda root: RecordingBackend(MemoryBackend(root, files=files[root]), log)}  # noqa: B023
+        options = {
+            "backend": InMemory(lambda root: RecordingBackend(MemoryBackend(root, files=files[root]), log))  # noqa: B023
+        }
         if done is None:
             store = Store.create(DIRECTORIES, members, kit.IDENTITY, lanes, durability="step", overwrite=True, **options)
         else:

@@ -13,7 +13,7 @@ from offload.scheduler.lanes import Lanes
 from offload.scheduler.storage import Fault, FaultyBackend, MemoryBackend, OperationLog, RecordingBackend
 from offload.scheduler.trace import Trace
 from offload.store import Extent, NotResumable, Store, StoreError, StoreMissing
-from offload.store.folder import FOLDER_NAME
+from offload.store.folder import FOLDER_NAME, InMemory
 
 from .conftest import IDENTITY, PAGE, pages, run
 
@@ -56,7 +56,7 @@ class StoreMachine(RuleBasedStateMachine):
         for root, content in self.files.items():
             self.log.adopt(root, content)
         self.adopted = self.log.now
-        options = {"backend": self.backend}
+        options = {"backend": InMemory(self.backend)}
         try:
             self.store = Store.reopen(DIRECTORIES, MEMBERS, IDENTITY, self.lanes, **options)
         except (NotResumable, StoreMissing):
