@@ -68,16 +68,19 @@ def use(name: str) -> Iterator[None]:
 
 
 def backend(device: torch.device) -> ModuleType:
-    """The module whose functions compute on tensors of `device`."""
-    if device.type == "cpu":
-        chosen = implementation()
-    else:
-        chosen = "triton" if device.type == "cuda" and _wanted() != "reference" and _has_triton() else "reference"
-    if chosen == "reference":
-        return reference
-    if chosen == "triton":
+    """The module whose functions compute on flat tensors of `device`."""
+    if uses_triton(device):
         return importlib.import_module(".triton", __package__)
-    return calls
+    if device.type == "cpu" and implementation() == "native":
+        return calls
+    return reference
+
+
+def uses_triton(device: torch.device) -> bool:
+    """Whether tensors of `device` go to the Triton kernels."""
+    if device.type == "cpu":
+        return _wanted() == "triton"
+    return device.type == "cuda" and _wanted() != "reference" and _has_triton()
 
 
 def _wanted() -> str:

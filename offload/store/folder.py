@@ -15,11 +15,12 @@ from .document import MANIFEST_NAME, STORE_NAME, TEMPORARY_SUFFIX, load
 from .errors import StoreCorrupt, StoreError, StoreExists
 from .layout import DATA_NAME
 from .lock import LOCK_NAME, DirectoryLock
+from .tuning import DRIVE_NAME
 
 log = logging.getLogger(__name__)
 
 FOLDER_NAME = "offload-store"
-DRIVE_NAME = "drive.json"
+
 BackendFactory = Callable[[Path], Backend]
 
 

@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Sequence
+from typing import Any
 
-from ..scheduler.storage import Backend, DriveTuning
-from .errors import StoreError
+from ..scheduler.storage import Backend, DriveTuning, OffloadIOError, ProbeReport, probe
+from .document import FORMAT, VERSION, load, publish
+from .errors import StoreCorrupt, StoreError
 
+log = logging.getLogger(__name__)
+
+DRIVE_NAME = "drive.json"
 NUM_SHARES = 64  # shares are whole numbers that add up to about this
+WORTH_PROBING_NBYTES = 1 << 30  # a probe moves about as much: for a smaller store it costs more than it saves
+PROBE_S = 1.0
 
 
 def tunings_for(
     backends: Sequence[Backend], given: Sequence[DriveTuning] | None, total_nbytes: int
 ) -> tuple[DriveTuning, ...]:
-    """One tuning per directory. Raises: StoreError if the number given is another."""
+    """One tuning per directory: given, else measured earlier, else measured now if the store is large, else defaults.
+
+    Raises: StoreError if the number given is another.
+    """
     if given is not None:
         if len(given) != len(backends):
             raise StoreError(f"{len(given)} tunings for {len(backends)} directories; give one per directory")
         return tuple(given)
-    return tuple(DriveTuning() for _ in backends)
+    return tuple(_tuning(backend, total_nbytes) for backend in backends)
+
+
+def _tuning(backend: Backend, total_nbytes: int) -> DriveTuning:
+    known = load_tuning(backend)
+    if known is not None:
+        return known
+    if total_nbytes < WORTH_PROBING_NBYTES or backend.volatile:
+        return DriveTuning()
+    try:
+        report = probe(backend, seconds=PROBE_S, progress=log.debug)
+    except OffloadIOError as error:
+        # Too full for the probe's file, or failing: the checks that follow say so better.
+        log.warning("%s: the drive could not be measured (%s); using defaults", backend.root, error)
+        return DriveTuning()
+    save_report(backend, report)
+    return report.tuning
+
+
+def save_report(backend: Backend, report: ProbeReport) -> None:
+    """Keep what was measured beside the store, for every later run in this directory."""
+    publish(backend, DRIVE_NAME, {"format": FORMAT, "version": VERSION, "probe": dataclasses.asdict(report)})
+
+
+def load_tuning(backend: Backend) -> DriveTuning | None:
+    """What was measured earlier; None if nothing was or it cannot be read (it is only a hint)."""
+    try:
+        body: dict[str, Any] | None = load(backend, DRIVE_NAME)
+        return None if body is None else ProbeReport(**body["probe"]).tuning
+    except (StoreCorrupt, OSError, TypeError, KeyError, ValueError) as error:
+        log.warning("%s: %s is ignored: %s", backend.root, DRIVE_NAME, error)
+        return None
 
 
 def shares_of(tunings: Sequence[DriveTuning]) -> tuple[int, ...]:

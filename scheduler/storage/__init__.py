@@ -8,6 +8,7 @@ from .files import PosixBackend, PosixFile, ensure_descriptors, open_backend, pr
 from .memory import MemoryBackend
 from .paced import Pace, PacedBackend
 from .power import OperationLog, RecordingBackend
+from .probe import ProbeReport, probe
 from .queue import NEEDED_AT_COMMIT, NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue, QueueStatistics
 from .transfer import NUM_RETRIES, flush_fully, read_fully, write_fully
 
@@ -31,6 +32,7 @@ __all__ = [
     "PacedBackend",
     "PosixBackend",
     "PosixFile",
+    "ProbeReport",
     "QueueStatistics",
     "RecordingBackend",
     "StorageFile",
@@ -38,6 +40,7 @@ __all__ = [
     "file_system",
     "flush_fully",
     "open_backend",
+    "probe",
     "prove",
     "read_fully",
     "view_of",

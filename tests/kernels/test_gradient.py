@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload.kernels import dispatch
-from offload.kernels.gradient import accumulate_, copy_, squared_norm
+from offload.kernels.gradient import (
+    accumulate_,
+    accumulate_squared_norm_,
+    copy_,
+    copy_squared_norm_,
+    scale_,
+    squared_norm,
+)
 from offload.kernels.native import library
 
 from .bits import DTYPES, any_values, assert_same_bits, hard_float32, run_both
@@ -58,8 +65,18 @@ def test_copy_and_accumulate_native_equals_reference(
 ) -> None:
     target = any_values(n + offset, dst, seed)[offset:]
     source = any_values(n + offset, src, seed + 1)[offset:]
-    run_both(copy_, target, source)
-    run_both(accumulate_, target, source)
+    for kernel in (copy_, accumulate_, copy_squared_norm_, accumulate_squared_norm_):
+        run_both(kernel, target, source)
+    run_both(lambda flat: scale_(flat, 1.0 / 3.0), target)
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("dst", DTYPES)
+def test_norm_made_on_the_way_is_that_of_what_was_stored(name: str, dst: torch.dtype) -> None:
+    target, source = torch.randn(9001).to(dst), torch.randn(9001)
+    with dispatch.use(name):
+        assert accumulate_squared_norm_(target, source) == squared_norm(target)
+        assert copy_squared_norm_(target, source) == squared_norm(target) == squared_norm(source.to(dst))
 
 
 @pytest.mark.parametrize("isa", library.ISAS)

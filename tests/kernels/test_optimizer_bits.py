@@ -9,25 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload.kernels import dispatch, optimizer
-from offload.kernels.master import split_
 from offload.kernels.native import library
 from offload.kernels.optimizer import AdamScalars, SgdScalars
-from torch import Tensor
 
 from .bits import DTYPES, any_values, assert_same_bits, run_both
+from .masters import make_master
 
 LENGTHS = st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097, 16383, 16384, 16385, 40001]))
 RATES = st.sampled_from([0.0, 1e-45, 1e-30, 1e-8, 1e-3, 1.0, 1e10, 1e38])
 SCALES = st.sampled_from([1.0, 0.37, 2.0**-16, 65536.0, 1e-40, 0.0])
-
-
-def make_master(n: int, offset: int, is_split: bool, seed: int) -> tuple[Tensor, Tensor | None]:
-    whole = any_values(n + offset, torch.float32, seed)
-    if not is_split:
-        return whole[offset:], None
-    param, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
-    split_(whole, param, low)
-    return param[offset:], low[offset:]
 
 
 @settings(max_examples=150, deadline=None)

@@ -44,7 +44,11 @@ def extents(num_units: int = 2, pieces: tuple[int, ...] = (2 * PAGE, PAGE), scra
         for kind in ("param", "states", "grad")[: 3 if scratch else 2]:
             made.append(
                 Extent(
-                    key=f"{unit}/{kind}", unit=unit, kind=kind, piece_nbytes=pieces, scratch=kind == "grad",
+                    key=f"{unit}/{kind}",
+                    unit=unit,
+                    kind=kind,
+                    piece_nbytes=pieces,
+                    scratch=kind == "grad",
                     parameters=(f"{unit}.weight", f"{unit}.bias"),
                 )  # fmt: skip
             )

@@ -137,7 +137,9 @@ REMOVALS = {
     "flush of the reserved files": lambda patch: patch.setattr(create_module, "_flush", lambda backend, name: None),
     "wait for the commit before a write": lambda patch: (
         patch.setattr(Committer, "wait_writable", _no_wait),
-        patch.setattr(ExtentSlots, "target", property(lambda self: 0 if self.committed is None else 1 - self.committed)),
+        patch.setattr(
+            ExtentSlots, "target", property(lambda self: 0 if self.committed is None else 1 - self.committed)
+        ),
     ),
     "the other slot": lambda patch: patch.setattr(
         ExtentSlots, "target", property(lambda self: self.committed if self.committed is not None else 0)
@@ -185,7 +187,9 @@ def test_reopened_after_a_cut_the_run_goes_on_and_survives_the_next_cut(kit, mem
             "backend": InMemory(lambda root: RecordingBackend(MemoryBackend(root, files=files[root]), log))  # noqa: B023
         }
         if done is None:
-            store = Store.create(DIRECTORIES, members, kit.IDENTITY, lanes, durability="step", overwrite=True, **options)
+            store = Store.create(
+                DIRECTORIES, members, kit.IDENTITY, lanes, durability="step", overwrite=True, **options
+            )
         else:
             store = Store.reopen(DIRECTORIES, members, kit.IDENTITY, lanes, **options)
             assert store.step >= done
@@ -197,4 +201,3 @@ def test_reopened_after_a_cut_the_run_goes_on_and_survives_the_next_cut(kit, mem
         done = max((step for step, after in commits if after <= tick), default=done)
         num_steps = max(num_steps, done or 0)
     assert num_steps > 20
-

@@ -58,7 +58,10 @@ def test_a_worker_that_outlives_a_killed_engine_does_not_keep_the_lock(make, kit
     root.mkdir(parents=True)
     reader, writer = os.pipe()
     engine = subprocess.Popen(
-        [sys.executable, "-P", "-c", FORKING, str(root), str(reader)], stdout=subprocess.PIPE, text=True, pass_fds=[reader]
+        [sys.executable, "-P", "-c", FORKING, str(root), str(reader)],
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=[reader],
     )
     try:
         assert engine.stdout.readline() == "forked\n"

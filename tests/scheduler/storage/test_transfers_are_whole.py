@@ -65,7 +65,9 @@ def test_lasting_errors_are_raised_with_everything_a_user_needs(operation, monke
     monkeypatch.setattr("offload.scheduler.storage.transfer.RETRY_PAUSE_S", 0.0)
     short = Fault(operation=operation, at_most_nbytes=4096)
     broken = Fault(operation=operation, number=errno.EIO, times=None, skip=1)
-    with pytest.raises(OffloadIOError, match=r"failed after 3 retries: EIO at bytes 4096\.\.8448 of drive/f;") as caught:
+    with pytest.raises(
+        OffloadIOError, match=r"failed after 3 retries: EIO at bytes 4096\.\.8448 of drive/f;"
+    ) as caught:
         move(faulty(short, broken), operation)
     error = caught.value
     assert (error.path, error.offset, error.nbytes, error.errno) == (Path("drive/f"), 4096, 4352, errno.EIO)

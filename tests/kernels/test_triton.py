@@ -1,0 +1,82 @@
+"""Triton kernels without a GPU: their bits in the interpreter, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+HERE = Path(__file__).resolve().parent
+
+
+def run_program(name: str, environment: dict[str, str]) -> str:
+    result = subprocess.run(
+        [sys.executable, "-P", str(HERE / name)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def test_interpreter_gives_the_bits_of_the_native_kernels() -> None:
+    output = run_program("triton_interpreted.py", {"TRITON_INTERPRET": "1"})
+    counts = json.loads(output.splitlines()[-1])
+    assert counts == {
+        "check_optimizer": 144,
+        "check_moments": 108,
+        "check_gradient": 162,
+        "check_projection": 72,
+        "check_master": 6,
+        "check_loss": 6,
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    environment = {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRITON_INTERPRET": "0"}
+    return [json.loads(line) for line in run_program("triton_compiled.py", environment).splitlines()]
+
+
+def test_compiles_for_both_targets_without_spills(compiled: list[dict[str, object]]) -> None:
+    assert {(entry["kernel"], entry["capability"]) for entry in compiled} >= {
+        (kernel, capability)
+        for kernel in ("adamw split bf16", "adam fp32", "sgd split bf16", "adamw 8-bit moments", "projection sums")
+        for capability in (80, 90)
+    }
+    for entry in compiled:
+        assert entry["spill_stores_nbytes"] == entry["spill_loads_nbytes"] == 0, entry
+        assert 0 < int(str(entry["registers"])) <= 168, entry  # 128 threads: three programs share a multiprocessor
+
+
+def test_every_access_of_an_elementwise_kernel_is_16_bytes_wide(compiled: list[dict[str, object]]) -> None:
+    narrow = {"accumulate and norm", "squared norm fp16", "projection sums", "adamw 8-bit moments"}
+    for entry in compiled:
+        widths = entry["access_nbytes"]
+        assert isinstance(widths, dict)
+        name = str(entry["kernel"])
+        if name.startswith("cross entropy"):  # a label, its logit and the loss are single numbers
+            assert widths["16"] >= 6
+        elif name in narrow:  # one 8-byte sum per program; 1-byte codes come 8 to an access, scales one by one
+            assert widths["16"] >= 4
+        else:
+            assert set(widths) == {"16"}, entry
+
+
+def test_arithmetic_rounds_as_the_definition_does(compiled: list[dict[str, object]]) -> None:
+    seen = 0
+    for entry in compiled:
+        if not str(entry["kernel"]).startswith("cross entropy"):
+            assert entry["loose_arithmetic"] == [], entry
+            seen += 1
+        else:
+            assert entry["loose_arithmetic"] != []  # exponentials: shows that the search finds what it looks for
+    assert seen >= 28

@@ -1,0 +1,165 @@
+"""Runs every Triton kernel in Triton's interpreter and compares its bits with the native kernels.
+
+Run as a program in a process of its own with TRITON_INTERPRET=1, which must be set before Triton is imported. Prints
+one JSON object: how many comparisons each family made.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from offload.kernels import dispatch, gradient, loss, master, moments, optimizer, projection
+from offload.kernels.rounding import Rounding
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kernels.bits import DTYPES, any_values, assert_same_bits  # noqa: E402
+from kernels.masters import make_master  # noqa: E402
+
+LENGTHS = (1, 1040, 4099)
+
+
+def compare(kernel: Callable[..., object], *tensors: Tensor | None) -> int:
+    """Both implementations on copies of `tensors`; 1 if every tensor and the result have the same bits."""
+    outcomes = []
+    for name in ("native", "triton"):
+        copies = [None if tensor is None else tensor.clone() for tensor in tensors]
+        with dispatch.use(name):
+            value = kernel(*copies)
+        outcomes.append((copies, value))
+    for left, right in zip(outcomes[1][0], outcomes[0][0], strict=True):
+        assert_same_bits(left, right)
+    values = [torch.tensor(value if value is not None else 0.0, dtype=torch.float64) for _, value in outcomes]
+    assert_same_bits(values[1], values[0], "result")
+    return 1
+
+
+def check_optimizer() -> int:
+    count = 0
+    for n, is_split, dtype, decoupled in itertools.product(LENGTHS, (False, True), DTYPES, (False, True)):
+        param, low = make_master(n, 0, is_split, n)
+        m, v = any_values(n, torch.float32, 1), any_values(n, torch.float32, 2).abs()
+        grad = any_values(n, dtype, 3)
+        adam = optimizer.AdamScalars(
+            lr=1e-3,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.1,
+            step=3,
+            decoupled=decoupled,
+            maximize=dtype == torch.float32,
+        )
+        count += compare(lambda *t, s=adam: optimizer.adam_(*t, s, 0.37), param, low, m, v, grad)
+        for momentum, first in ((0.0, False), (0.9, False), (0.9, True)):
+            sgd = optimizer.SgdScalars(
+                lr=0.1,
+                momentum=momentum,
+                dampening=0.0,
+                weight_decay=0.01,
+                nesterov=decoupled and momentum > 0,
+                first=first,
+            )
+            count += compare(
+                lambda *t, s=sgd: optimizer.sgd_(*t, s, 0.37), param, low, m if momentum else None, grad
+            )
+    return count
+
+
+def check_moments() -> int:
+    count = 0
+    scalars = optimizer.AdamScalars(
+        lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, decoupled=True
+    )
+    for n, is_split, dtype in itertools.product(LENGTHS, (False, True), DTYPES):
+        param, low = make_master(n, 0, is_split, n)
+        grad = any_values(n, dtype, 3)
+        m, v = any_values(n, torch.bfloat16, 1), any_values(n, torch.bfloat16, 2).abs()
+        for seed in (0, 1, 2, 3):  # keys with and without their top bit
+            rounding = Rounding(seed=seed, step=n, first_index=2**32 - 500)
+            count += compare(lambda *t, r=rounding: moments.adam_bf16_(*t, scalars, r, 0.5), param, low, m, v, grad)
+        codes = torch.randint(-127, 128, (n,), dtype=torch.int8)
+        squares = torch.randint(0, 256, (n,), dtype=torch.uint8)
+        scales = torch.rand(moments.num_scales(n)), torch.rand(moments.num_scales(n)) * 1e-4
+        scales[1][0] = 0.0
+        for g in (grad, grad.nan_to_num(0.0, 1.0, 1.0).clamp(-1, 1)):
+            count += compare(
+                lambda *t: moments.adam_8bit_(*t, scalars, 0.5), param, low, codes, scales[0], squares, scales[1], g
+            )
+    return count
+
+
+def check_gradient() -> int:
+    count = 0
+    kernels = (
+        gradient.copy_,
+        gradient.accumulate_,
+        gradient.copy_squared_norm_,
+        gradient.accumulate_squared_norm_,
+    )
+    for n, dst, src in itertools.product(LENGTHS, DTYPES, DTYPES):
+        target, source = any_values(n, dst, 1), any_values(n, src, 2)
+        for kernel in kernels:
+            count += compare(kernel, target, source)
+        count += compare(gradient.squared_norm, any_values(n, dst, 1, finite=True))
+        count += compare(lambda flat: gradient.scale_(flat, 1 / 3), target)
+    return count
+
+
+def check_projection() -> int:
+    count = 0
+    for n, is_split, dtype in itertools.product(LENGTHS, (False, True), DTYPES):
+        param, low = make_master(n, 0, is_split, n)
+        grad = any_values(n, dtype, 3)
+        count += compare(lambda *t: projection.project_(*t, 0.3, 1.1), param, low, grad)
+        for part in ("weight_grad", "weight_weight", "grad_grad"):
+            count += compare(lambda *t, k=part: getattr(projection.projection_sums(*t), k), param, low, grad)
+    return count
+
+
+def check_master() -> int:
+    count = 0
+    for n in LENGTHS:
+        values = any_values(n, torch.float32, n)
+        param, low = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int16)
+        count += compare(master.split_, values, param, low)
+        master.split_(values, param, low)
+        count += compare(master.join_, param, low, torch.zeros(n))
+    return count
+
+
+def check_loss() -> int:
+    """Exponentials are not correctly rounded anywhere, so here the distance to float64 is compared."""
+    count = 0
+    for dtype, vocabulary in itertools.product(DTYPES, (7, 5000)):
+        torch.manual_seed(vocabulary)
+        hidden = torch.randn(9, 16).to(dtype).requires_grad_(True)
+        weight = torch.randn(vocabulary, 16).to(dtype).requires_grad_(True)
+        target = torch.randint(0, vocabulary, (9,))
+        target[3] = -100
+        logits = hidden.detach() @ weight.detach().T  # in the dtype, as both implementations make them
+        exact = torch.nn.functional.cross_entropy(logits.double(), target)
+        results = []
+        for name in ("reference", "triton"):
+            with dispatch.use(name):
+                value = loss.linear_cross_entropy(hidden, weight, target, chunk_tokens=4)
+            results.append((value, *torch.autograd.grad(value, (hidden, weight))))
+        assert abs(results[1][0].item() - exact.item()) <= 4e-6 * abs(exact.item()), (results[1][0], exact)
+        for left, right in zip(results[1][1:], results[0][1:], strict=True):
+            torch.testing.assert_close(left, right, rtol=2 * torch.finfo(dtype).eps, atol=2e-2 * right.abs().max().item() * torch.finfo(dtype).eps ** 0.5)
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before starting this program"
+    warnings.simplefilter("ignore")  # numpy reports overflows, which these inputs are made to cause
+    checks = (check_optimizer, check_moments, check_gradient, check_projection, check_master, check_loss)
+    print(json.dumps({check.__name__: check() for check in checks}))

@@ -1,0 +1,231 @@
+"""Leases: a byte budget that is never exceeded, buffers that have one owner, waiting that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from offload.scheduler.hostmem import allocate_pages
+from offload.scheduler.pool import PAGE_NBYTES, BudgetExceeded, Lease, Pool, page_ceil
+
+
+class Memory:
+    """Counts what a pool allocates and frees."""
+
+    def __init__(self) -> None:
+        self.allocated: list[int] = []
+        self.freed: list[int] = []
+
+    def allocate(self, nbytes: int) -> Tensor:
+        self.allocated.append(nbytes)
+        return allocate_pages(nbytes)
+
+    def free(self, buffer: Tensor) -> None:
+        self.freed.append(buffer.numel())
+
+    @property
+    def live_nbytes(self) -> int:
+        return sum(self.allocated) - sum(self.freed)
+
+
+@pytest.fixture
+def memory() -> Memory:
+    return Memory()
+
+
+def pool_of(memory: Memory, pages: int) -> Pool:
+    return Pool("test memory", pages * PAGE_NBYTES, memory.allocate, memory.free)
+
+
+def take(pool: Pool, pages: int, holder: str = "somebody") -> Lease:
+    lease = pool.try_acquire(pages * PAGE_NBYTES, holder)
+    assert lease is not None
+    return lease
+
+
+@pytest.mark.parametrize(("nbytes", "pages"), [(0, 0), (1, 1), (4095, 1), (4096, 1), (4097, 2)])
+def test_page_ceil(nbytes: int, pages: int) -> None:
+    assert page_ceil(nbytes) == pages * PAGE_NBYTES
+
+
+def test_leases_are_whole_pages_and_aligned(memory: Memory) -> None:
+    pool = pool_of(memory, 4)
+    lease = pool.try_acquire(5000, "unit/param")
+    assert lease is not None
+    assert lease.nbytes == lease.buffer.numel() == 8192
+    assert lease.buffer.data_ptr() % PAGE_NBYTES == 0
+    assert lease.buffer.dtype == torch.uint8
+
+
+def test_budget_is_never_exceeded(memory: Memory) -> None:
+    pool = pool_of(memory, 4)
+    leases = [take(pool, 2), take(pool, 2)]
+    assert pool.try_acquire(1, "late") is None
+    leases.pop().release()
+    assert take(pool, 1) and take(pool, 1)
+    assert pool.try_acquire(1, "late") is None
+    assert memory.live_nbytes <= 4 * PAGE_NBYTES
+    assert pool.statistics().peak_nbytes == 4 * PAGE_NBYTES
+
+
+def test_warm_buffers_count_and_make_room(memory: Memory) -> None:
+    """Two free pages of another size must be dropped before three new ones are allocated under a budget of four."""
+    pool = pool_of(memory, 4)
+    first, second = take(pool, 1), take(pool, 1)
+    first.release()
+    second.release()
+    assert pool.statistics().warm_nbytes == 2 * PAGE_NBYTES
+    take(pool, 3)
+    assert memory.live_nbytes == 4 * PAGE_NBYTES
+    assert pool.statistics().warm_nbytes == PAGE_NBYTES
+
+
+def test_same_size_is_reused_without_allocating(memory: Memory) -> None:
+    pool = pool_of(memory, 4)
+    for _ in range(10):
+        lease = take(pool, 2)
+        address = lease.buffer.data_ptr()
+        lease.release()
+        again = take(pool, 2)
+        assert again.buffer.data_ptr() == address
+        again.release()
+    assert memory.allocated == [2 * PAGE_NBYTES]
+
+
+def test_asking_for_more_than_everything_names_the_numbers(memory: Memory) -> None:
+    pool = pool_of(memory, 2)
+    with pytest.raises(BudgetExceeded, match=r"unit/param needs 12288 bytes of test memory, whose whole budget is 8192 bytes"):
+        pool.try_acquire(2 * PAGE_NBYTES + 1, "unit/param")
+    assert memory.allocated == []
+    assert take(pool, 2)
+
+
+def test_double_release_raises(memory: Memory) -> None:
+    pool = pool_of(memory, 2)
+    lease = take(pool, 1, "unit/grad")
+    lease.release()
+    assert lease.released
+    with pytest.raises(RuntimeError, match=r"unit/grad released twice"):
+        lease.release()
+    assert pool.statistics().leased_nbytes == 0
+    assert pool.statistics().warm_nbytes == PAGE_NBYTES
+
+
+def test_failed_allocation_gives_the_bytes_back() -> None:
+    fails = True
+
+    def allocate(nbytes: int) -> Tensor:
+        if fails:
+            raise MemoryError("no pages")
+        return allocate_pages(nbytes)
+
+    pool = Pool("test memory", 2 * PAGE_NBYTES, allocate)
+    with pytest.raises(MemoryError):
+        pool.try_acquire(2 * PAGE_NBYTES, "unlucky")
+    fails = False
+    assert pool.statistics().leased_nbytes == 0
+    assert pool.statistics().holders == ()
+    assert take(pool, 2)
+
+
+def test_returned_buffers_are_poisoned() -> None:
+    pool = Pool("test memory", PAGE_NBYTES, allocate_pages, poison=lambda buffer: buffer.fill_(0xFF))
+    lease = take(pool, 1)
+    lease.buffer.zero_()
+    buffer = lease.buffer
+    lease.release()
+    assert (buffer == 0xFF).all()
+    assert buffer.view(torch.float32).isnan().all() and buffer.view(torch.bfloat16).isnan().all()
+
+
+def test_holders_are_named(memory: Memory) -> None:
+    pool = pool_of(memory, 4)
+    leases = [take(pool, 1, "b"), take(pool, 1, "a"), take(pool, 1, "a")]
+    assert pool.statistics().holders == ("a", "b")
+    leases[2].release()
+    assert pool.statistics().holders == ("a", "b")
+    leases[0].release()
+    assert pool.statistics().holders == ("a",)
+
+
+def test_waiter_wakes_when_a_lease_comes_back(memory: Memory) -> None:
+    pool = pool_of(memory, 2)
+    order: list[str] = []
+
+    async def wait(name: str, pages: int) -> None:
+        lease = await pool.acquire(pages * PAGE_NBYTES, name)
+        order.append(name)
+        await asyncio.sleep(0)
+        lease.release()
+
+    async def main() -> None:
+        held = take(pool, 2)
+        waiters = [asyncio.create_task(wait(f"waiter {i}", 1 + i % 2)) for i in range(6)]
+        await asyncio.sleep(0)
+        assert order == []
+        threading.Thread(target=held.release).start()  # leases come back from any thread
+        await asyncio.wait_for(asyncio.gather(*waiters), 20)
+
+    asyncio.run(main())
+    assert sorted(order) == [f"waiter {i}" for i in range(6)]
+    assert pool.statistics().leased_nbytes == 0
+
+
+def test_cancelled_waiter_takes_nothing(memory: Memory) -> None:
+    pool = pool_of(memory, 1)
+
+    async def main() -> None:
+        held = take(pool, 1)
+        waiter = asyncio.create_task(pool.acquire(1, "gives up"))
+        await asyncio.sleep(0)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        held.release()
+        lease = await asyncio.wait_for(pool.acquire(1, "patient"), 20)
+        assert pool.statistics().holders == ("patient",)
+        lease.release()
+
+    asyncio.run(main())
+
+
+def test_many_threads_never_share_a_buffer() -> None:
+    """Each owner writes its name over its buffer and must still find it there."""
+    pool = Pool("test memory", 3 * PAGE_NBYTES, allocate_pages)
+    failures: list[str] = []
+    start = threading.Barrier(4)
+
+    def work(name: int) -> None:
+        start.wait()
+        for _ in range(300):
+            lease = pool.try_acquire(PAGE_NBYTES, str(name))
+            if lease is None:
+                continue
+            lease.buffer.fill_(name)
+            if not bool((lease.buffer == name).all()):
+                failures.append(f"{name} lost its buffer")
+            if pool.statistics().leased_nbytes > 3 * PAGE_NBYTES:
+                failures.append("over budget")
+            lease.release()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == []
+    assert pool.statistics().leased_nbytes == 0
+    assert pool.statistics().peak_nbytes <= 3 * PAGE_NBYTES
+
+
+def test_close_drops_warm_buffers(memory: Memory) -> None:
+    pool = pool_of(memory, 4)
+    take(pool, 2).release()
+    held = take(pool, 1)
+    pool.close()
+    assert memory.live_nbytes == PAGE_NBYTES
+    held.release()
