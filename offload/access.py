@@ -97,7 +97,7 @@ class ParameterAccess:
         states: bool,
         grads: Collection[nn.Parameter] = (),
     ) -> dict[nn.Parameter, HostParameter]:
-        """Full-precision values of `wanted` parameters of one unit, with states and, for those in `grads`, gradients."""
+        """Full-precision values of `wanted` parameters of a unit, with states, and gradients of those in `grads`."""
         result = {p: _empty(layout, layout.by_parameter[p], states, p in grads) for p in wanted}
         kinds = ("param", "frozen", "states", *(("grad",) if any(p in grads for p in wanted) else ()))
         chunks = [c for c in layout.chunks if any(m.info.parameter in result for m, _, _ in layout.members_of(c))]

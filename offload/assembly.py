@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import layout as layouts_module
@@ -23,6 +20,7 @@ from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
 from .scheduler.trace import Trace
+from .sizes import parse_size
 from .store import Extent, Store
 from .units import ParameterInfo, Partition, collect_parameters, partition
 
@@ -34,6 +32,7 @@ class Assembly:
     config: OffloadConfig
     device: Device
     parameters: Sequence[ParameterInfo]
+    groups: list[dict[str, Any]]
     partition: Partition
     layouts: Sequence[UnitLayout]
     plan: Plan
@@ -69,6 +68,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     """
     device = config.open_device()
     parameters = collect_parameters(module, config.dtype, config.keep_fp32)
+    groups = spec.make_groups(parameters)
     host_nbytes = config.host_budget_nbytes()
     device_nbytes = config.device_budget_nbytes(device)
     parts, layouts, plan = _plan(module, parameters, spec, config, device, host_nbytes, device_nbytes)
@@ -84,10 +84,8 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
             "host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison
         )
         slots = stage if device.one_memory else Pool("device_memory", plan.device_nbytes, device.allocate, None, poison)
-        extents = list(_extents(layouts, plan))
-        store = None
-        if extents:
-            store = Store.create(config.nvme_directories, extents, _identity(parameters, spec), lanes)
+        store = _open_store(config, list(_extents(layouts, plan, config.commit_interval)), parameters, spec, lanes)
+        if store is not None:
             undo.callback(store.close)
         leases: list[Lease] = []
         homes, resting = _make_homes(layouts, plan, rest, store, leases)
@@ -96,6 +94,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
         config=config,
         device=device,
         parameters=parameters,
+        groups=groups,
         partition=parts,
         layouts=layouts,
         plan=plan,
@@ -154,11 +153,40 @@ def _poison(buffer: Tensor) -> None:
     buffer.fill_(0xFF)
 
 
-def _extents(layouts: Sequence[UnitLayout], plan: Plan) -> Iterator[Extent]:
-    """What the store must hold: every (unit, kind) that the plan puts on NVMe."""
+def _open_store(
+    config: OffloadConfig,
+    extents: Sequence[Extent],
+    parameters: Sequence[ParameterInfo],
+    spec: OptimizerSpec,
+    lanes: Lanes,
+) -> Store | None:
+    if not extents:
+        return None
+    identity = _identity(parameters, spec)
+    rated_nbytes = None if config.rated_endurance is None else parse_size(config.rated_endurance, "rated_endurance")
+    if config.resume:
+        return Store.reopen(
+            config.nvme_directories, extents, identity, lanes, verify=config.verify, rated_nbytes=rated_nbytes
+        )
+    return Store.create(
+        config.nvme_directories,
+        extents,
+        identity,
+        lanes,
+        durability=config.durability,
+        verify=config.verify,
+        overwrite=config.overwrite,
+        rated_nbytes=rated_nbytes,
+    )
+
+
+def _extents(layouts: Sequence[UnitLayout], plan: Plan, commit_interval: int | None) -> Iterator[Extent]:
+    """What the store must hold: every (unit, kind) that the plan puts on NVMe, and, where steps are to survive, also
+    those that rest in host memory. The latter are only written, until a run resumes."""
     for layout, homes in zip(layouts, plan.homes, strict=True):
         for kind in KINDS:
-            if homes[kind] == "nvme" and layout.pieces[kind]:
+            mirrored = commit_interval is not None and kind != "grad"
+            if (homes[kind] == "nvme" or mirrored) and layout.pieces[kind]:
                 yield Extent(
                     key=f"{layout.unit.name}/{kind}",
                     unit=layout.unit.name,
@@ -198,6 +226,8 @@ def _make_homes(
 
 def _identity(parameters: Sequence[ParameterInfo], spec: OptimizerSpec) -> dict[str, Any]:
     """What a store belongs to: the model's parameters and the optimizer."""
-    table = [[info.name, list(info.shape), str(info.dtype), info.trainable] for info in parameters]
-    digest = hashlib.sha256(json.dumps(table).encode()).hexdigest()
-    return {"parameters": len(table), "model": digest, "optimizer": spec.describe(), "torch": str(torch.__version__)}
+    table = {
+        info.name: [list(info.shape), str(info.dtype), "trainable" if info.trainable else "frozen"]
+        for info in parameters
+    }
+    return {"parameters": table, "optimizer": spec.describe()}

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,12 @@ class OffloadConfig:
         clip_grad_norm: maximum global gradient norm, or None.
         homes: forces the home tier of a kind, e.g. {"states": "nvme"}; kinds are "param", "states" (master's low
             half and moments) and "grad". What is not named is placed by the plan.
+        durability: what survives a crash, where there is an NVMe tier: "step" (every finished step), N (every N-th),
+            or "none" (half the space on the drives, and nothing survives). What rests in host memory is part of it.
+        verify: whether every read from the store is compared with its checksum.
+        resume: go on from the last committed step of the store in `nvme`, bit for bit.
+        overwrite: discard a store in `nvme` that could be resumed.
+        rated_endurance: bytes that the drives may be written in their life ("600TB"), for the wear account.
 
     Raises: ValueError with the value, what was expected and the mend.
     """
@@ -48,6 +54,11 @@ class OffloadConfig:
     micro_batches: int = 1
     clip_grad_norm: float | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
+    durability: Literal["step", "none"] | int = "step"
+    verify: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    rated_endurance: str | int | None = None
 
     def __post_init__(self) -> None:
         _check_dtype(self.dtype)
@@ -65,6 +76,7 @@ class OffloadConfig:
             if getattr(self, name) != "auto":
                 parse_size(getattr(self, name), name)
         self._check_homes()
+        self._check_store()
 
     def _check_homes(self) -> None:
         for kind, tier in self.homes.items():
@@ -74,6 +86,28 @@ class OffloadConfig:
                 raise ValueError(
                     f'homes puts {kind!r} on "nvme" but nvme is not set; give nvme="/a/directory/on/a/drive"'
                 )
+
+    def _check_store(self) -> None:
+        is_interval = (
+            isinstance(self.durability, int) and not isinstance(self.durability, bool) and self.durability >= 1
+        )
+        if self.durability not in ("step", "none") and not is_interval:
+            raise ValueError(f'durability={self.durability!r}; give "step", "none", or a number of steps >= 1')
+        if self.resume and not self.nvme_directories:
+            raise ValueError("resume=True, but nvme is not set; give the directory of the run to go on with")
+        if self.resume and self.durability == "none":
+            raise ValueError('resume=True with durability="none"; what was written with "none" cannot be resumed')
+        if self.resume and self.overwrite:
+            raise ValueError("resume=True and overwrite=True contradict each other; give one of them")
+        if self.rated_endurance is not None:
+            parse_size(self.rated_endurance, "rated_endurance")
+
+    @property
+    def commit_interval(self) -> int | None:
+        """Steps between commits, or None where nothing is committed."""
+        if self.durability == "none" or not self.nvme_directories:
+            return None
+        return 1 if self.durability == "step" else int(self.durability)
 
     @property
     def nvme_directories(self) -> tuple[Path, ...]:

@@ -29,7 +29,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __init__(self, host: OptimizerHost, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> None:
         self._host = host
         self._spec = spec
-        super().__init__(groups, dict(spec.defaults))
+        super().__init__(groups or [{**spec.defaults, "params": []}], dict(spec.defaults))
+        self._sealed = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One `engine.step()`; returns the closure's loss as torch does."""
@@ -53,10 +54,6 @@ class EngineOptimizer(torch.optim.Optimizer):
                 "optimizer's spec, e.g. AdamW(groups=[...])"
             )
         super().add_param_group(param_group)
-
-    def seal(self) -> None:
-        """No groups may be added from here on."""
-        self._sealed = True
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, with states brought to host memory: {"state": {index: {...}}, "param_groups": [...]}."""

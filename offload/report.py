@@ -1,9 +1,29 @@
-"""The unit table that `print(engine)` shows."""
+"""The memory report, and the unit table that `print(engine)` shows."""
 
 from __future__ import annotations
 
 from .assembly import Assembly
+from .info import MemoryReport
 from .sizes import format_size
+from .usage import CallLedger
+
+
+def memory_report(parts: Assembly, ledger: CallLedger, private_nbytes: int) -> MemoryReport:
+    """Bytes under the budgets, and what lies outside of them."""
+    host = [pool.statistics() for pool in (parts.rest, parts.ring, parts.stage)]
+    device = parts.slots.statistics()
+    one_memory = parts.device.one_memory
+    return MemoryReport(
+        host_budget_nbytes=parts.host_budget_nbytes,
+        host_used_nbytes=sum(one.leased_nbytes + one.warm_nbytes for one in host),
+        host_peak_nbytes=sum(one.peak_nbytes for one in host),
+        device_budget_nbytes=parts.plan.device_nbytes,
+        device_used_nbytes=0 if one_memory else device.leased_nbytes + device.warm_nbytes,
+        device_peak_nbytes=0 if one_memory else device.peak_nbytes,
+        boundaries_peak_nbytes=ledger.boundaries_peak_nbytes,
+        temporaries_nbytes=ledger.temporaries_nbytes,
+        private_nbytes=private_nbytes,
+    )
 
 
 def unit_table(parts: Assembly) -> str:

@@ -79,8 +79,8 @@ class Stepper:
             grad_scale *= clip_factor(norm * grad_scale, clip_grad_norm)
         return Decision(norm, grad_scale, not finite)
 
-    def update(self, groups: Sequence[dict[str, object]], grad_scale: float) -> None:
-        """Update every unit that has a gradient. Blocks until all is written back."""
+    def update(self, groups: Sequence[dict[str, object]], grad_scale: float) -> list[int]:
+        """Update every unit that has a gradient and return which. Blocks until all is written back."""
         scalars = self._scalars(groups)
         work = []
         for layout in self._layouts:
@@ -88,6 +88,7 @@ class Stepper:
             if mine:
                 work.append((layout, UnitUpdate(self._spec, layout, mine, grad_scale)))
         self._loop.run(self._run(work))
+        return [layout.unit.index for layout, _ in work]
 
     def _scalars(self, groups: Sequence[dict[str, object]]) -> dict[nn.Parameter, Scalars]:
         """Hyperparameters as they are now, for every parameter with a gradient, which ages by one step."""

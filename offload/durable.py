@@ -1,0 +1,211 @@
+"""Commits: each step that is to survive is written whole to the store and sealed, behind the next step's compute."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .homes import Home, gather_all
+from .layout import KINDS, UnitLayout
+from .scheduler.devices import Device
+from .scheduler.loop import LoopThread
+from .store import Store
+from .units import ParameterInfo
+from .values import persistent_buffers
+
+COMMITTED_KINDS = tuple(kind for kind in KINDS if kind != "grad")
+
+
+class CommitLog:
+    """Makes steps durable in the background.
+
+    A step passes three points: `stage` (its numbers are final; what rests in host memory begins to be copied to the
+    store), `launch` (what belongs to it besides, such as schedulers, has been captured), and durable.
+
+    Invariant: between `stage` and durable no byte of the step may change in host memory, and none may enter the store
+    as part of a later step. `wait` stands before every such change.
+
+    Args:
+        every: steps between commits.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layouts: Sequence[UnitLayout],
+        homes: Sequence[Mapping[str, Home]],
+        loop: LoopThread,
+        every: int,
+    ) -> None:
+        self._store = store
+        self._layouts = layouts
+        self._homes = homes
+        self._loop = loop
+        self._every = every
+        self._last_staged = self.steps_done
+        self._changed: set[int] = set()
+        self._staged: tuple[int, dict[str, Any]] | None = None
+        self._copying: Future[None] | None = None
+        self._committing: Future[bool] | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """The last step that would survive a crash now."""
+        return self._store.step or 0
+
+    @property
+    def committed_state(self) -> Mapping[str, Any]:
+        """What was committed with the step at which the store was re-opened."""
+        return self._store.extra
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether something has changed that no staged step covers."""
+        return bool(self._changed)
+
+    def changed(self, units: Sequence[int]) -> None:
+        """These units' values or states have changed since the last commit."""
+        self._changed.update(units)
+
+    def stage(self, step: int, state: dict[str, Any], force: bool = False) -> None:
+        """Step `step` is final, with `state`. Never blocks. Skipped unless it is time for a commit, or `force`."""
+        if not force and step - self._last_staged < self._every:
+            return
+        self._last_staged = step
+        self._staged = (step, state)
+        units, self._changed = sorted(self._changed), set()
+        self._copying = self._loop.submit(self._copy_resting(units))
+
+    def launch(self, capture: Callable[[], dict[str, Any]]) -> None:
+        """Commit the staged step, completed by what `capture` returns. Never blocks. Without a staged step, nothing."""
+        if self._staged is None:
+            return
+        (step, state), self._staged = self._staged, None
+        copying = self._copying
+        assert copying is not None, "stage() begins the copy"
+        self._committing = self._loop.submit(self._commit(step, {**state, **capture()}, copying))
+
+    def wait(self) -> None:
+        """Block until the launched commit is durable and nothing is copied any more; raises what went wrong."""
+        for future in (self._copying, self._committing):
+            if future is not None:
+                future.result()
+        self._committing = None
+
+    async def _copy_resting(self, units: Sequence[int]) -> None:
+        """Write to the store what these units keep in host memory, one unit after the other."""
+        for unit in units:
+            await gather_all(
+                self._store.write(home.key, index, home.piece(index))
+                for kind in COMMITTED_KINDS
+                if (home := self._homes[unit][kind]).buffer is not None
+                for index in range(len(home.piece_nbytes))
+            )
+
+    async def _commit(self, step: int, state: dict[str, Any], copying: Future[None]) -> bool:
+        await asyncio.wrap_future(copying)
+        return await self._store.commit(step, state, force=True)
+
+    def restore_resting(self, unit: int) -> None:
+        """Fill what `unit` keeps in host memory from the store. Blocks."""
+        self._loop.run(self._read_resting(unit))
+
+    async def _read_resting(self, unit: int) -> None:
+        await gather_all(
+            self._store.read(home.key, index, home.piece(index))
+            for kind in COMMITTED_KINDS
+            if (home := self._homes[unit][kind]).buffer is not None
+            for index in range(len(home.piece_nbytes))
+        )
+
+
+class RunState:
+    """What belongs to a step besides parameters and moments: counts, hyperparameters, generators, buffers, and
+    tracked objects.
+
+    Args:
+        counts: updates so far, by trainable parameter.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[ParameterInfo],
+        device: Device,
+        counts: dict[nn.Parameter, int],
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self._module = module
+        self._parameters = parameters
+        self._device = device
+        self._counts = counts
+        self._optimizer = optimizer
+        self._tracked: list[Any] = []
+        self._saved: list[Any] = []
+        self._groups: Sequence[Mapping[str, Any]] = ()
+
+    def capture(self, step: int) -> dict[str, Any]:
+        """As of now, at the end of `step`."""
+        return {
+            "step": step,
+            "counts": {info.name: self._counts[info.parameter] for info in self._parameters if info.trainable},
+            "random": {"torch": torch.get_rng_state(), "device": self._device.rng_state(), "python": random.getstate()},
+            "buffers": {name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()},
+        }
+
+    def capture_tracked(self) -> dict[str, Any]:
+        """Hyperparameters and tracked objects' state as of now (schedulers step after the optimizer), copied."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        tracked = [one.state_dict() for one in self._tracked]
+        return {"groups": copy.deepcopy(groups), "tracked": copy.deepcopy(tracked or self._saved)}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Go back to a captured state; tracked objects follow when they are tracked. Returns the step."""
+        for info in self._parameters:
+            if info.trainable:
+                self._counts[info.parameter] = state["counts"][info.name]
+        self._groups = state["groups"]
+        self._restore_groups()
+        torch.set_rng_state(state["random"]["torch"])
+        self._device.set_rng_state(state["random"]["device"])
+        random.setstate(state["random"]["python"])
+        buffers = self._buffers()
+        with torch.no_grad():
+            for name, value in state["buffers"].items():
+                buffers[name].copy_(value)
+        self._saved = list(state["tracked"])
+        return int(state["step"])
+
+    def track(self, objects: Sequence[Any]) -> None:
+        """Raises: TypeError for an object without `state_dict` and `load_state_dict`."""
+        for one in objects:
+            if not callable(getattr(one, "state_dict", None)) or not callable(getattr(one, "load_state_dict", None)):
+                raise TypeError(
+                    f"track() got a {type(one).__name__}, which has no state_dict and load_state_dict; give it both, "
+                    "or keep its state yourself"
+                )
+            position = len(self._tracked)
+            if position < len(self._saved):
+                one.load_state_dict(self._saved[position])
+                if getattr(one, "optimizer", None) is self._optimizer:
+                    self._restore_groups()  # a scheduler sets lr when it is made, as if training began
+            self._tracked.append(one)
+
+    def _restore_groups(self) -> None:
+        for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
+            group.update(saved)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Buffers that a state dict would hold; others (masks, rotary tables) are made anew with the module."""
+        return {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, part in self._module.named_modules()
+            for name, buffer in persistent_buffers(part)
+        }

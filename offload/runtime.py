@@ -1,0 +1,208 @@
+"""What calls ask of the engine while a pass runs: hold units, count what backward owes, tell when it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bindings import Bindings
+from .gradients import Gradients
+from .guards import GradientInEngine
+from .residency import Residency
+from .scheduler.devices import Device
+from .units import CallSite, ParameterInfo
+from .usage import CallLedger, ComputeRecord
+
+
+class CallRuntime:
+    """The host of all unit calls of one engine (see `calls.CallHost`), and the bookkeeper of backwards.
+
+    A backward begins at the first call that autograd visits and ends when autograd has visited the last node. One
+    that began and whose end was never told has raised midway; its gradients are not whole, and the step says so.
+
+    Args:
+        check_open: raises if the engine is closed.
+        num_threads: compute threads, fixed for the life of the engine: kernels round differently with another number.
+        micro_batches: backwards per step.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        residency: Residency,
+        bindings: Bindings,
+        gradients: Gradients,
+        compute: ComputeRecord,
+        check_open: Callable[[], None],
+        num_threads: int,
+        micro_batches: int,
+    ) -> None:
+        self.device = device
+        self.ledger = CallLedger()
+        self._residency = residency
+        self._bindings = bindings
+        self._gradients = gradients
+        self._compute = compute
+        self._check_open = check_open
+        self._num_threads = num_threads
+        self._micro_batches = micro_batches
+        self._thread = threading.local()
+        self._hooks: list[Any] = []
+        self._in_forward = 0
+        self._in_backward = False
+        self._broken: str | None = None
+
+    def attach(self, parameters: Sequence[ParameterInfo]) -> None:
+        """Take the gradients of these parameters as autograd accumulates them."""
+        for info in parameters:
+            if info.trainable:
+                self._hooks.append(info.parameter.register_hook(_GradientClearer(info.parameter)))
+                self._hooks.append(info.parameter.register_post_accumulate_grad_hook(self._take_gradient))
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # -- passes
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around a call of the wrapped module. Without gradients to come, private copies end with it."""
+        self._in_forward += 1
+        try:
+            yield
+        finally:
+            self._in_forward -= 1
+            idle = not self._gradients.num_backwards and not self._in_backward and not self._in_forward
+            if idle and not torch.is_grad_enabled():
+                self._bindings.drop_private()
+
+    @property
+    def computing(self) -> bool:
+        """Whether a forward or a backward is under way."""
+        return self._in_forward > 0 or self._in_backward
+
+    def look_for_failed_backward(self) -> None:
+        if self._in_backward and not self._in_forward:
+            self._in_backward = False
+            self._broken = "a backward raised midway"
+
+    def check_accumulation(self, partial: bool) -> None:
+        """Raises: RuntimeError if the step's gradients are not whole, with what is missing."""
+        done, wanted = self._gradients.num_backwards, self._micro_batches
+        if self._broken:
+            raise RuntimeError(
+                f"{self._broken}, so this step's gradients are incomplete; drop them with "
+                "engine.optimizer.zero_grad() and go on"
+            )
+        if done == wanted or (partial and 0 < done < wanted):
+            return
+        mend = (
+            "run the others, or step(partial=True) for a shorter last step"
+            if done
+            else "call engine.backward(loss) first"
+        )
+        raise RuntimeError(f"step() after {done} of {wanted} backwards (micro_batches={wanted}); {mend}")
+
+    def forget(self) -> None:
+        """The accumulation was dropped, and with it what had gone wrong."""
+        self._in_backward = False
+        self._broken = None
+
+    # -- one call (see calls.CallHost)
+
+    @property
+    def recomputing(self) -> int:
+        return getattr(self._thread, "recomputing", 0)
+
+    @contextlib.contextmanager
+    def hold(self, site: CallSite, recompute: bool = False) -> Iterator[None]:
+        self._check_open()
+        if torch.get_num_threads() != self._num_threads:
+            torch.set_num_threads(self._num_threads)
+        staged = self._residency.acquire(site.units)
+        try:
+            self._bindings.bind(staged)
+        except BaseException:
+            self._residency.release(site.units)
+            raise
+        begin = self.device.record()
+        self._thread.recomputing = self.recomputing + recompute
+        try:
+            yield
+        finally:
+            self._thread.recomputing -= recompute
+            self._compute.add(site, begin, self.device.record())
+            self._bindings.unbind(staged)
+            self._residency.release(site.units)
+
+    def forward_made(self, site: CallSite) -> None:
+        self.ledger.made(site)
+
+    def forward_dropped(self, site: CallSite) -> None:
+        self.ledger.done(site)
+
+    def boundary_held(self, nbytes: int) -> None:
+        self.ledger.boundary_held(nbytes)
+
+    def temporaries_seen(self, site: CallSite, nbytes: int) -> None:
+        self.ledger.temporaries_seen(nbytes)
+
+    def backward_begins(self, site: CallSite) -> None:
+        self._check_open()
+        self._backward_seen()
+        for unit in site.units:
+            for info in unit.parameters:
+                info.parameter.grad = None
+
+    def backward_ended(self, site: CallSite, first_visit: bool) -> None:
+        if first_visit:
+            self.ledger.done(site)
+        for unit in site.units:
+            private = any(self._bindings.is_private(info.parameter) for info in unit.parameters)
+            self._gradients.flush(unit.index, private or not first_visit or self.ledger.pending(unit.index))
+
+    # -- backwards
+
+    def _backward_seen(self) -> None:
+        """The first node of a backward: ask autograd to tell us when the last one is done."""
+        if self._in_backward:
+            return
+        if self._gradients.num_backwards >= self._micro_batches:
+            raise RuntimeError(
+                f"backward number {self._gradients.num_backwards + 1} of a step with "
+                f"micro_batches={self._micro_batches}; call engine.step() first, or set "
+                "OffloadConfig(micro_batches=...) to the number of backwards per step"
+            )
+        self._in_backward = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)
+
+    def _backward_done(self) -> None:
+        self._gradients.end_backward()
+        self._in_backward = False
+        with torch.no_grad():
+            for parameter in self._gradients.present():
+                parameter.grad = GradientInEngine(self._bindings.placeholder(parameter))
+
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
+        self._backward_seen()
+        self._gradients.take(parameter)
+
+
+class _GradientClearer:
+    """Runs before autograd accumulates into a parameter: what `grad` shows between steps is no tensor to add to."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._parameter = weakref.ref(parameter)
+
+    def __call__(self, gradient: Tensor) -> None:
+        parameter = self._parameter()
+        if parameter is not None and isinstance(parameter.grad, GradientInEngine):
+            parameter.grad = None

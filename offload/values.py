@@ -1,0 +1,157 @@
+"""Real values for the user: gathering, editing, state dicts in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .access import HostParameter, ParameterAccess
+from .gradients import Gradients
+from .layout import UnitLayout
+from .units import ParameterInfo
+
+
+class Values:
+    """Brings parameters to the host and takes edits back, unit by unit.
+
+    Args:
+        counts: updates so far by trainable parameter; edited values may set them.
+        before_write: called with a unit's index before its values change (evicts copies, waits for commits).
+        after_write: called when values have changed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[ParameterInfo],
+        layouts: Sequence[UnitLayout],
+        access: ParameterAccess,
+        gradients: Gradients,
+        counts: dict[nn.Parameter, int],
+        before_write: Callable[[int], None],
+        after_write: Callable[[int], None],
+    ) -> None:
+        self._module = module
+        self._infos = {info.parameter: info for info in parameters}
+        self._layouts = layouts
+        self._access = access
+        self._gradients = gradients
+        self._counts = counts
+        self._before_write = before_write
+        self._after_write = after_write
+        self._full: dict[nn.Parameter, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def gather(self, patterns: Sequence[str], write: bool) -> Iterator[dict[str, HostParameter]]:
+        """See `OffloadEngine.gather`."""
+        for pattern in patterns:
+            if not any(self._matches(info, [pattern]) for info in self._infos.values()):
+                example = next(iter(self._infos.values())).name
+                raise KeyError(f"no parameter matches {pattern!r}; names look like {example!r}")
+        self._gradients.wait()
+        present = self._gradients.present()
+        gathered: dict[str, HostParameter] = {}
+        chosen: list[tuple[UnitLayout, dict[nn.Parameter, HostParameter]]] = []
+        for layout in self._layouts:
+            wanted = [p for p in layout.by_parameter if self._matches(self._infos[p], patterns)]
+            if wanted:
+                values = self._read(layout, wanted, present)
+                for parameter, value in values.items():
+                    gathered.update(dict.fromkeys(self._infos[parameter].names, value))
+                chosen.append((layout, values))
+        yield gathered
+        if write:
+            for layout, values in chosen:
+                self._write(layout, values)
+            self._gradients.forget_norms()
+
+    def _matches(self, info: ParameterInfo, patterns: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in info.names for pattern in patterns)
+
+    def _read(
+        self, layout: UnitLayout, wanted: Sequence[nn.Parameter], grads: set[nn.Parameter]
+    ) -> dict[nn.Parameter, HostParameter]:
+        values = self._access.read(layout, wanted, states=True, grads=grads)
+        for parameter, value in values.items():
+            value.step = self._counts.get(parameter, 0)
+        return values
+
+    def _write(self, layout: UnitLayout, values: dict[nn.Parameter, HostParameter]) -> None:
+        self._before_write(layout.unit.index)
+        self._access.write(layout, values)
+        for parameter, value in values.items():
+            if parameter in self._counts:
+                self._counts[parameter] = value.step
+        self._after_write(layout.unit.index)
+
+    def states(self) -> dict[nn.Parameter, HostParameter]:
+        """All trainable parameters with their optimizer states."""
+        states: dict[nn.Parameter, HostParameter] = {}
+        for layout in self._layouts:
+            states.update(self._read(layout, [p for p in layout.by_parameter if p in self._counts], set()))
+        return states
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's state dict with fp32 masters, read unit by unit."""
+        full: dict[nn.Parameter, Tensor] = {}
+        for layout in self._layouts:
+            for parameter, host in self._access.read(layout, list(layout.by_parameter), states=False).items():
+                full[parameter] = host.value
+        self._full = full
+        try:
+            return dict(self._module.state_dict())
+        finally:
+            self._full = None
+
+    def for_state_dict(self, parameter: nn.Parameter) -> Tensor:
+        """What `module.state_dict()` shows: the compute dtype, or full precision inside `state_dict`."""
+        if self._full is not None:
+            return self._full[parameter]
+        return self._access.read_compute(parameter).cpu()
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool) -> None:
+        """See `OffloadEngine.load_state_dict`."""
+        buffers = dict(self._module.named_buffers())
+        self._check_fit(state_dict, buffers, strict)
+        for layout in self._layouts:
+            chosen = {p: self._entry(self._infos[p], state_dict) for p in layout.by_parameter}
+            values = self._read(layout, [p for p, value in chosen.items() if value is not None], set())
+            for parameter, host in values.items():
+                host.value.copy_(chosen[parameter])  # type: ignore[arg-type]
+            if values:
+                self._write(layout, values)
+        with torch.no_grad():
+            for name in set(buffers) & set(state_dict):
+                buffers[name].copy_(state_dict[name])
+
+    def _entry(self, info: ParameterInfo, state_dict: Mapping[str, Tensor]) -> Tensor | None:
+        return next((state_dict[name] for name in info.names if name in state_dict), None)
+
+    def _check_fit(self, state_dict: Mapping[str, Tensor], buffers: Mapping[str, Tensor], strict: bool) -> None:
+        shapes = {name: info.shape for info in self._infos.values() for name in info.names}
+        shapes.update({name: buffer.shape for name, buffer in buffers.items()})
+        names = set(self._names_in_state_dict())
+        missing, unexpected = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
+        if strict and (missing or unexpected):
+            raise KeyError(f"state_dict does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        for name, value in state_dict.items():
+            if name in shapes and value.shape != shapes[name]:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(value.shape)} in state_dict and {tuple(shapes[name])} in the model"
+                )
+
+    def _names_in_state_dict(self) -> Iterator[str]:
+        for prefix, part in self._module.named_modules(remove_duplicate=False):
+            dot = f"{prefix}." if prefix else ""
+            yield from (dot + name for name, p in dict.items(part._parameters) if p is not None)
+            yield from (dot + name for name, _ in persistent_buffers(part))
+
+
+def persistent_buffers(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own buffers that belong into a state dict."""
+    hidden = part._non_persistent_buffers_set
+    yield from ((name, b) for name, b in part._buffers.items() if b is not None and name not in hidden)
