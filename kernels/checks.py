@@ -18,7 +18,7 @@ def check_flat(**tensors: Tensor) -> int:
                 "Pass a slice of the flat buffer, or view(-1)."
             )
         if tensor.numel() != first.numel():
-            raise ValueError(f"{name} has {tensor.numel()} elements, {first_name} has {first.numel()}; expected as many.")
+            raise ValueError(f"{name} has {tensor.numel()} elements, {first_name} has {first.numel()}; expected equal.")
         if tensor.device != first.device:
             raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}; expected one device.")
     return first.numel()

@@ -67,9 +67,8 @@ class AdamFactors:
     one_minus_beta1: float
     beta2: float
     one_minus_beta2: float
-    rsqrt_bias2: float  # 1 / sqrt(1 - beta2 ** step)
-    eps: float
-    step_size: float  # lr / (1 - beta1 ** step)
+    eps: float  # eps * sqrt(1 - beta2 ** step)
+    step_size: float  # lr * sqrt(1 - beta2 ** step) / (1 - beta1 ** step)
     decay: float  # lr * weight_decay if decoupled, else 0
     l2: float  # weight_decay if not decoupled, else 0
 
@@ -95,16 +94,15 @@ def float32(value: float) -> float:
 def adam_factors(scalars: AdamScalars, grad_scale: float) -> AdamFactors:
     """The factors of one Adam update whose gradient is to be multiplied by `grad_scale` first."""
     bias1 = 1.0 - scalars.beta1**scalars.step
-    bias2 = 1.0 - scalars.beta2**scalars.step
+    root_bias2 = math.sqrt(1.0 - scalars.beta2**scalars.step)
     scale = float32(grad_scale)
     return AdamFactors(
         grad_scale=-scale if scalars.maximize else scale,
         one_minus_beta1=float32(1.0 - scalars.beta1),
         beta2=float32(scalars.beta2),
         one_minus_beta2=float32(1.0 - scalars.beta2),
-        rsqrt_bias2=float32(1.0 / math.sqrt(bias2)),
-        eps=float32(scalars.eps),
-        step_size=float32(scalars.lr / bias1),
+        eps=float32(scalars.eps * root_bias2),
+        step_size=float32(scalars.lr * root_bias2 / bias1),
         decay=float32(scalars.lr * scalars.weight_decay) if scalars.decoupled else 0.0,
         l2=0.0 if scalars.decoupled else float32(scalars.weight_decay),
     )

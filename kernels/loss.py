@@ -63,7 +63,12 @@ def linear_cross_entropy(
 
 
 def stablemax_cross_entropy(
-    logits: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean", chunk_tokens: int | None = None
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """StableMax cross-entropy of logits that exist already; the float64 numbers are made one chunk at a time.
 
@@ -168,7 +173,7 @@ class _StableMax(torch.autograd.Function):
 def _losses(
     logits: Tensor, target: Tensor, kind: str, ignore_index: int, wants_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """[rows] losses and, if wanted, [rows, vocabulary] gradients in the dtype of the logits, which may be overwritten."""
+    """[rows] losses and, if wanted, [rows, vocabulary] gradients in the logits' dtype; may overwrite the logits."""
     if kind == "stablemax":
         losses, gradient = _stablemax_losses(logits, target, ignore_index, wants_gradient)
         return losses, None if gradient is None else gradient.to(logits.dtype)
@@ -246,4 +251,4 @@ def _check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: T
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected [{weight.shape[0]}], one for each class.")
     dtypes = {tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None}
     if len(dtypes) != 1 or not hidden.is_floating_point():
-        raise ValueError(f"hidden, weight and bias have the dtypes {sorted(map(str, dtypes))}; expected one float dtype.")
+        raise ValueError(f"hidden, weight, bias have the dtypes {sorted(map(str, dtypes))}; expected one float dtype.")

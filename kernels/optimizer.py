@@ -32,10 +32,11 @@ def adam_(
         g = g + p * weight_decay                                        only if not decoupled and weight_decay != 0
         m = m + (g - m) * (1 - beta1)
         v = v * beta2 + (g * g) * (1 - beta2)
-        u = (lr / (1 - beta1^step)) * (m / (sqrt(v) * (1 / sqrt(1 - beta2^step)) + eps))
+        u = (lr * c / (1 - beta1^step)) * (m / (sqrt(v) + eps * c))      c = sqrt(1 - beta2^step)
         u = u + p * (lr * weight_decay)                                 only if decoupled and weight_decay != 0
         p = p - u
 
+    This is the order of section 2 of arXiv:1412.6980, where the second bias correction moves out of the root's way.
     The decay is added to the small update and not multiplied into the parameter, which saves one rounding at the
     parameter's magnitude. All implementations agree to the bit, except for the payload of a NaN in fp32 buffers.
 
@@ -95,7 +96,7 @@ def sgd_(
         check_dtype("momentum_buffer", momentum_buffer, torch.float32)
     if (momentum_buffer is None) != (scalars.momentum == 0.0):
         raise ValueError(
-            f"momentum is {scalars.momentum} and momentum_buffer is {'absent' if momentum_buffer is None else 'given'}; "
+            f"momentum is {scalars.momentum}, momentum_buffer is {'absent' if momentum_buffer is None else 'given'}; "
             "pass a buffer exactly when momentum is not 0."
         )
     if n:

@@ -54,8 +54,8 @@ class FlatLayout:
         """
         if flat.dim() != 1 or not flat.is_contiguous() or flat.numel() != self.numel:
             raise ValueError(
-                f"The flat buffer has shape {tuple(flat.shape)}, strides {flat.stride()}; the layout needs a contiguous "
-                f"one of [{self.numel}]."
+                f"The flat buffer has shape {tuple(flat.shape)}, strides {flat.stride()}; the layout needs a "
+                f"contiguous one of [{self.numel}]."
             )
         return tuple(
             flat[offset : offset + math.prod(shape)].view(shape)

@@ -27,7 +27,7 @@ class Rounding:
         if not 0 <= self.first_index < 1 << 62:
             raise ValueError(f"Rounding.first_index is {self.first_index}; expected an element index, 0 or more.")
 
-    def keys(self) -> tuple[int, int]:
+    def key_pair(self) -> tuple[int, int]:
         """Two 32-bit keys: the halves of a 64-bit hash of seed and step."""
         key = _mix64(_mix64(self.seed & _MASK64) ^ (self.step & _MASK64))
         return key & 0xFFFFFFFF, key >> 32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import threading
 import time
 import weakref
 from collections.abc import Mapping
@@ -163,7 +164,7 @@ class OffloadEngine:
                 if buffer is not None:
                     part._buffers[name] = buffer.to(self.device.torch_device)
         self._guards = Guards(
-            self.module, self._parts.parameters, self._show, self._values.for_state_dict, self.drop_gradients
+            self.module, self._parts.parameters, self._show, self._value_for_state_dict, self.drop_gradients
         )
         for site in self._parts.partition.call_sites:
             site.module.__dict__["forward"] = UnitForward(site, self._runtime)
@@ -405,6 +406,10 @@ class OffloadEngine:
     def _show(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._bindings.show(parameter, outside_of_forward=not self._runtime.computing)
 
+    def _value_for_state_dict(self, parameter: nn.Parameter) -> Tensor:
+        self._check_open()
+        return self._values.for_state_dict(parameter)
+
     def _count_tokens(self, args: tuple[Any, ...]) -> None:
         first = args[0] if args else None
         if self._tokens is not None and isinstance(first, Tensor) and not first.dtype.is_floating_point:
@@ -437,8 +442,11 @@ def _first_order(sites: tuple[CallSite, ...]) -> dict[str, list[int]]:
     return {"train": forward + forward[::-1], "eval": forward}
 
 
-@atexit.register
 def _close_all() -> None:
-    """Threads of an engine that nobody closed would keep the interpreter from ending."""
+    """Commit the last step of engines that nobody closed, and let their threads end with the interpreter."""
     for engine in list(_open_engines):
         engine.close()
+
+
+# Executors refuse work once `threading` has shut them down, and atexit comes after that; the last commit needs them.
+getattr(threading, "_register_atexit", atexit.register)(_close_all)

@@ -34,7 +34,7 @@ def adam_bf16_(
     rounding: Rounding,
 ) -> None:
     tensors = _pointers(param, low, exp_avg, exp_avg_sq, grad)
-    struct = RoundingStruct(*rounding.keys(), rounding.first_index)
+    struct = RoundingStruct(*rounding.key_pair(), rounding.first_index)
     load().offl_adam_bf16(_DTYPE_CODES[grad.dtype], param.numel(), *tensors, _adam_struct(factors), struct)
 
 
@@ -52,9 +52,7 @@ def adam_8bit_(
     load().offl_adam_8bit(_DTYPE_CODES[grad.dtype], param.numel(), *tensors, _adam_struct(factors))
 
 
-def sgd_(
-    param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors
-) -> None:
+def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors) -> None:
     struct = SgdStruct(
         factors.grad_scale,
         factors.lr,
@@ -127,7 +125,6 @@ def _adam_struct(factors: AdamFactors) -> AdamStruct:
         factors.one_minus_beta1,
         factors.beta2,
         factors.one_minus_beta2,
-        factors.rsqrt_bias2,
         factors.eps,
         factors.step_size,
         factors.decay,

@@ -177,7 +177,7 @@ INLINE void join_body(int64_t n, float *restrict master, const uint16_t *restric
 /* ---- Adam and AdamW: one pass; 26 B per element (split master, 16-bit gradient), 28 B (fp32 master and gradient) --- */
 
 struct adam {
-    float grad_scale, one_minus_beta1, beta2, one_minus_beta2, rsqrt_bias2, eps, step_size, decay, l2;
+    float grad_scale, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, l2;
 };
 
 INLINE void adam_element(int is_split, int dtype, int64_t i, void *restrict param, int16_t *restrict low,
@@ -189,7 +189,7 @@ INLINE void adam_element(int is_split, int dtype, int64_t i, void *restrict para
     g = f.l2 != 0.0f ? with_l2 : g;
     float m = exp_avg[i] + (g - exp_avg[i]) * f.one_minus_beta1;
     float v = exp_avg_sq[i] * f.beta2 + (g * g) * f.one_minus_beta2;
-    float update = f.step_size * (m / (sqrtf(v) * f.rsqrt_bias2 + f.eps));
+    float update = f.step_size * (m / (sqrtf(v) + f.eps));
     float with_decay = update + p * f.decay;
     update = f.decay != 0.0f ? with_decay : update;
     exp_avg[i] = m;
@@ -234,34 +234,41 @@ INLINE uint16_t round_stochastically(float value, uint32_t random)
     return (uint16_t)(value != value ? 0x7fc0u : (as_bits(value) + (random & 0xffff)) >> 16);
 }
 
-INLINE void adam_bf16_block(int is_split, int dtype, int64_t begin, int64_t count, void *restrict param,
-                            int16_t *restrict low, uint16_t *restrict exp_avg, uint16_t *restrict exp_avg_sq,
-                            const void *restrict grad, struct adam f, struct rounding r)
+/* The gradient of a block in float: for the rarer forms, which are not instantiated for each gradient dtype. */
+INLINE void load_block(int dtype, const void *restrict source, int64_t begin, int64_t count, float *restrict block)
 {
-    float m[BLOCK], v[BLOCK];
-    for (int64_t i = 0; i < count; i++) m[i] = load(exp_avg, BF16, begin + i), v[i] = load(exp_avg_sq, BF16, begin + i);
-    INDEPENDENT
-    for (int64_t i = 0; i < count; i++)
-        adam_element(is_split, dtype, begin + i, param, low, m - begin, v - begin, grad, f);
-    INDEPENDENT
-    for (int64_t i = 0; i < count; i++) {
-        uint32_t random = random_bits(r, r.first_index + (uint64_t)(begin + i));
-        exp_avg[begin + i] = round_stochastically(m[i], random);
-        exp_avg_sq[begin + i] = round_stochastically(v[i], random >> 16);
-    }
+    if (dtype == F32) memcpy(block, (const float *)source + begin, (size_t)count * sizeof(float));
+    else if (dtype == BF16)
+        for (int64_t i = 0; i < count; i++) block[i] = load(source, BF16, begin + i);
+    else
+        for (int64_t i = 0; i < count; i++) block[i] = load(source, F16, begin + i);
 }
 
 INLINE void adam_bf16_body(int is_split, int dtype, int64_t n, void *restrict param, int16_t *restrict low,
                            uint16_t *restrict exp_avg, uint16_t *restrict exp_avg_sq, const void *restrict grad,
                            const struct adam *factors, const struct rounding *rounding)
 {
+    float m[BLOCK], v[BLOCK], g[BLOCK];
+    const struct adam f = *factors;
+    const struct rounding r = *rounding;
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
+        int64_t count = at_most(n - begin, BLOCK);
         prefetch_master(param, low, is_split, begin);
         prefetch(exp_avg, 2, begin);
         prefetch(exp_avg_sq, 2, begin);
         prefetch(grad, size_of(dtype), begin);
-        adam_bf16_block(is_split, dtype, begin, at_most(n - begin, BLOCK), param, low, exp_avg, exp_avg_sq, grad,
-                        *factors, *rounding);
+        load_block(BF16, exp_avg, begin, count, m);
+        load_block(BF16, exp_avg_sq, begin, count, v);
+        load_block(dtype, grad, begin, count, g);
+        INDEPENDENT
+        for (int64_t i = 0; i < count; i++)
+            adam_element(is_split, F32, begin + i, param, low, m - begin, v - begin, g - begin, f);
+        INDEPENDENT
+        for (int64_t i = 0; i < count; i++) {
+            uint32_t random = random_bits(r, r.first_index + (uint64_t)(begin + i));
+            exp_avg[begin + i] = round_stochastically(m[i], random);
+            exp_avg_sq[begin + i] = round_stochastically(v[i], random >> 16);
+        }
     }
 }
 
@@ -327,7 +334,7 @@ INLINE void adam_8bit_body(int is_split, int dtype, int64_t n, void *restrict pa
                            int8_t *restrict m_codes, float *restrict m_scales, uint8_t *restrict v_codes,
                            float *restrict v_scales, const void *restrict grad, const struct adam *factors)
 {
-    float m[QUANT_BLOCK], v[QUANT_BLOCK];
+    float m[QUANT_BLOCK], v[QUANT_BLOCK], g[QUANT_BLOCK];
     int8_t m_rest[QUANT_BLOCK] = {0};
     uint8_t v_rest[QUANT_BLOCK] = {0};
     const struct adam f = *factors;
@@ -346,9 +353,10 @@ INLINE void adam_8bit_body(int is_split, int dtype, int64_t n, void *restrict pa
             prefetch(grad, size_of(dtype), begin + part);
         }
         dequantize_block(m, v, m_part, m_scales[block], v_part, v_scales[block]);
+        load_block(dtype, grad, begin, count, g);
         INDEPENDENT
         for (int64_t i = 0; i < count; i++)
-            adam_element(is_split, dtype, begin + i, param, low, m - begin, v - begin, grad, f);
+            adam_element(is_split, F32, begin + i, param, low, m - begin, v - begin, g - begin, f);
         for (int64_t i = count; i < QUANT_BLOCK; i++) m[i] = v[i] = 0.0f;
         quantize_block(m, v, m_part, m_scales + block, v_part, v_scales + block);
         if (count < QUANT_BLOCK)
@@ -532,9 +540,10 @@ INLINE uint64_t stream_body(int64_t n, int num_streams, const struct stream *str
 
 
 /* One row per exported function: what it returns, its name, its parameters, its arguments, and the body to inline. */
-#define FOR_MASTER(DTYPE, CALL)                                                                                     \
-    if (low) { enum { SPLIT = 1 }; FOR_DTYPE(DTYPE, CALL) }                                                         \
-    else { enum { SPLIT = 0 }; FOR_DTYPE(DTYPE, CALL) }
+#define FOR_SPLIT(CALL)                                                                                             \
+    if (low) { enum { SPLIT = 1 }; CALL; }                                                                          \
+    else { enum { SPLIT = 0 }; CALL; }
+#define FOR_MASTER(DTYPE, CALL) FOR_SPLIT(FOR_DTYPE(DTYPE, CALL))
 
 #define KERNELS(K)                                                                                                  \
     K(void, adam,                                                                                                   \
@@ -546,12 +555,12 @@ INLINE uint64_t stream_body(int64_t n, int num_streams, const struct stream *str
       (int dtype, int64_t n, void *param, int16_t *low, uint16_t *exp_avg, uint16_t *exp_avg_sq, const void *grad,  \
        const struct adam *f, const struct rounding *r),                                                             \
       (dtype, n, param, low, exp_avg, exp_avg_sq, grad, f, r),                                                      \
-      FOR_MASTER(dtype, adam_bf16_body(SPLIT, D, n, param, low, exp_avg, exp_avg_sq, grad, f, r)))                  \
+      FOR_SPLIT(adam_bf16_body(SPLIT, dtype, n, param, low, exp_avg, exp_avg_sq, grad, f, r)))                      \
     K(void, adam_8bit,                                                                                              \
       (int dtype, int64_t n, void *param, int16_t *low, int8_t *m_codes, float *m_scales, uint8_t *v_codes,         \
        float *v_scales, const void *grad, const struct adam *f),                                                    \
       (dtype, n, param, low, m_codes, m_scales, v_codes, v_scales, grad, f),                                        \
-      FOR_MASTER(dtype, adam_8bit_body(SPLIT, D, n, param, low, m_codes, m_scales, v_codes, v_scales, grad, f)))    \
+      FOR_SPLIT(adam_8bit_body(SPLIT, dtype, n, param, low, m_codes, m_scales, v_codes, v_scales, grad, f)))        \
     K(void, sgd,                                                                                                    \
       (int dtype, int64_t n, void *param, int16_t *low, float *buffer, const void *grad, const struct sgd *f),      \
       (dtype, n, param, low, buffer, grad, f),                                                                      \

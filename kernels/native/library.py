@@ -29,7 +29,6 @@ class AdamStruct(ctypes.Structure):
             "one_minus_beta1",
             "beta2",
             "one_minus_beta2",
-            "rsqrt_bias2",
             "eps",
             "step_size",
             "decay",
@@ -127,9 +126,9 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def limit_isa(name: str) -> Iterator[str]:
-    """Within the block use at most the instruction set `name` of `ISAS`, in the whole process; yields the one in effect.
+    """Within the block use at most the instruction set `name`, in the whole process; yields the one in effect.
 
-    Raises: ValueError for another name.
+    Raises: ValueError for a name that is not in `ISAS`.
     """
     if name not in ISAS:
         raise ValueError(f"There is no instruction set {name!r}; expected one of {', '.join(ISAS)}.")

@@ -33,8 +33,8 @@ def blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
         yield tuple(None if parts is None else parts[index] for parts in cut)
 
 
-def scratch(role: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A block of scratch memory as long as `like` and on its device; its content is arbitrary.
+def scratch(role: str, like: Tensor, dtype: torch.dtype = torch.float32, numel: int | None = None) -> Tensor:
+    """Scratch memory on the device of `like`, as long as it or of `numel` elements; its content is arbitrary.
 
     It belongs to the calling thread until the next call with the same role.
     """
@@ -43,4 +43,5 @@ def scratch(role: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     if key not in store:
         store[key] = torch.empty(block_size(like.device), dtype=dtype, device=like.device)
     whole = store[key]
-    return whole if whole.numel() == like.numel() else whole[: like.numel()]
+    numel = like.numel() if numel is None else numel
+    return whole if whole.numel() == numel else whole[:numel]

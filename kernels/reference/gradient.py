@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import blocks, scratch
@@ -68,15 +67,22 @@ def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float
 
 def _block_dots(a: Tensor, b: Tensor) -> list[float]:
     """The dot product of each 4096 elements, the last ones padded with zeros, as a tree in float64."""
-    products = _padded(a).mul_(_padded(b)) if a is not b else _padded(a).square_()
-    while (half := products.shape[1] // 2) > 0:
-        products = products[:, :half].add_(products[:, half:])
-    sums: list[float] = products.view(-1).tolist()
+    products = _wide(a, "wide")
+    products.mul_(products if a is b else _wide(b, "wide2"))
+    rows = products.view(-1, SUM_BLOCK)
+    while (half := rows.shape[1] // 2) > 0:
+        rows = rows[:, :half].add_(rows[:, half:])
+    sums: list[float] = rows.view(-1).tolist()
     return sums
 
 
-def _padded(block: Tensor) -> Tensor:
-    return F.pad(block, (0, -block.numel() % SUM_BLOCK)).to(torch.float64).view(-1, SUM_BLOCK)
+def _wide(block: Tensor, role: str) -> Tensor:
+    """The block in float64 scratch memory, padded with zeros to whole blocks of 4096."""
+    n = block.numel()
+    wide = scratch(role, block, torch.float64, numel=-(-n // SUM_BLOCK) * SUM_BLOCK)
+    wide[:n].copy_(block)
+    wide[n:].zero_()
+    return wide
 
 
 def _add_in_order(total: float, sums: list[float]) -> float:

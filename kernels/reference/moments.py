@@ -64,7 +64,7 @@ def adam_8bit_(
 
 def random_bits(rounding: Rounding, start: int, n: int, device: torch.device) -> Tensor:
     """[n] int64 in 0 .. 2^32 - 1: the random numbers of the elements from `first_index + start` on."""
-    key0, key1 = rounding.keys()
+    key0, key1 = rounding.key_pair()
     first = rounding.first_index + start
     index = torch.arange(first, first + n, dtype=torch.int64, device=device)
     return _mix(_mix((index & _MASK32) ^ key0) ^ (index >> 32) ^ key1)

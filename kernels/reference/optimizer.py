@@ -21,9 +21,7 @@ def adam_(
 
 
 @torch.no_grad()
-def sgd_(
-    param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors
-) -> None:
+def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors) -> None:
     for param_b, low_b, buffer_b, grad_b in blocks(param, low, momentum_buffer, grad):
         p = load_master(param_b, low_b)
         _sgd_block(p, buffer_b, gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
@@ -37,8 +35,7 @@ def adam_block(p: Tensor, m: Tensor, v: Tensor, g: Tensor, f: AdamFactors) -> No
     torch.mul(g, g, out=t)
     v.mul_(f.beta2).add_(t.mul_(f.one_minus_beta2))
     t.copy_(scratch("wide", p, torch.float64).copy_(v).sqrt_())  # see sqrt_
-    t.mul_(f.rsqrt_bias2).add_(f.eps)
-    torch.div(m, t, out=t)
+    torch.div(m, t.add_(f.eps), out=t)
     t.mul_(f.step_size)
     if f.decay != 0.0:
         s = scratch("s", p)

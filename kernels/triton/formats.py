@@ -28,9 +28,14 @@ def code(tensor: Tensor) -> int:
     return _CODES[tensor.dtype]
 
 
-def raw(tensor: Tensor | None) -> Tensor | None:
+def raw(tensor: Tensor) -> Tensor:
     """`tensor`, or its int16 view if it is bf16."""
-    return tensor.view(torch.int16) if tensor is not None and tensor.dtype == torch.bfloat16 else tensor
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def parts(first: int, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What a kernel gets of flat tensors: their elements from `first` on, bf16 as int16; None stays None."""
+    return [None if tensor is None else raw(tensor)[first:] for tensor in tensors]
 
 
 def launches(n: int, block: int = BLOCK) -> list[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, OPTIONS, as_float32, code, from_float32, launches, load_master, raw
+from .formats import BLOCK, OPTIONS, as_float32, code, from_float32, launches, load_master, parts
 
 SUM_BLOCK = 4096
 
@@ -115,14 +115,14 @@ def accumulate_squared_norm_(acc: Tensor, grad: Tensor) -> float:
 
 def scale_(flat: Tensor, factor: float) -> None:
     for first, count, programs in launches(flat.numel()):
-        scale_kernel[(programs,)](raw(flat)[first:], count, factor, CODE=code(flat), BLOCK=BLOCK, **OPTIONS)
+        scale_kernel[(programs,)](*parts(first, flat), count, factor, CODE=code(flat), BLOCK=BLOCK, **OPTIONS)
 
 
 def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[float, float, float]:
     n = grad.numel()
     sums = torch.zeros(triton.cdiv(n, SUM_BLOCK), 3, dtype=torch.float64, device=grad.device)
     for first, count, programs in launches(n - n % SUM_BLOCK, SUM_BLOCK) + _rest(n):
-        tensors = [raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, grad)]
+        tensors = parts(first, param, low, grad)
         projection_sums_kernel[(programs,)](
             *tensors,
             sums[first // SUM_BLOCK :],
@@ -138,7 +138,7 @@ def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[fl
 
 def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float, rescale: float) -> None:
     for first, count, programs in launches(grad.numel()):
-        tensors = [raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, grad)]
+        tensors = parts(first, param, low, grad)
         project_kernel[(programs,)](
             *tensors, count, coefficient, rescale, IS_SPLIT=low is not None, GRAD=code(grad), BLOCK=BLOCK, **OPTIONS
         )
@@ -150,8 +150,7 @@ def _gather(target: Tensor, source: Tensor, *, writes: bool, adds: bool, sums: b
     block = SUM_BLOCK if sums else BLOCK
     for first, count, programs in (launches(n - n % SUM_BLOCK, block) + _rest(n)) if sums else launches(n):
         gather_kernel[(programs,)](
-            raw(target)[first:],
-            raw(source)[first:],
+            *parts(first, target, source),
             partial[first // SUM_BLOCK :] if sums else partial,
             count,
             TARGET=code(target),

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, OPTIONS, launches, load_master, raw, store_master
+from .formats import BLOCK, OPTIONS, launches, load_master, parts, store_master
 
 
 @triton.jit
@@ -25,9 +25,9 @@ def join_kernel(master, param, low, n, BLOCK: tl.constexpr):
 
 def split_(master: Tensor, param: Tensor, low: Tensor) -> None:
     for first, count, programs in launches(master.numel()):
-        split_kernel[(programs,)](master[first:], raw(param)[first:], low[first:], count, BLOCK=BLOCK, **OPTIONS)
+        split_kernel[(programs,)](*parts(first, master, param, low), count, BLOCK=BLOCK, **OPTIONS)
 
 
 def join_(param: Tensor, low: Tensor, master: Tensor) -> None:
     for first, count, programs in launches(master.numel()):
-        join_kernel[(programs,)](master[first:], raw(param)[first:], low[first:], count, BLOCK=BLOCK, **OPTIONS)
+        join_kernel[(programs,)](*parts(first, master, param, low), count, BLOCK=BLOCK, **OPTIONS)

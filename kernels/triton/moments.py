@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..factors import AdamFactors
 from ..rounding import Rounding
-from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, raw, store_master
+from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, parts, store_master
 from .optimizer import adam_arguments, adam_update
 
 QUANT_BLOCK = 256
@@ -45,7 +45,6 @@ def adam_bf16_kernel(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
-    rsqrt_bias2,
     eps,
     step_size,
     decay,
@@ -64,9 +63,7 @@ def adam_bf16_kernel(
         g = g + p * l2
     m = as_float32(tl.load(exp_avg + at, mask=mask, other=0), 1)
     v = as_float32(tl.load(exp_avg_sq + at, mask=mask, other=0), 1)
-    p, m, v = adam_update(
-        p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, rsqrt_bias2, eps, step_size, decay, HAS_DECAY
-    )
+    p, m, v = adam_update(p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, HAS_DECAY)
     index = at + first_index
     low_word = (index & 0xFFFFFFFF).to(tl.uint32)
     high_word = (index >> 32).to(tl.uint32)
@@ -103,7 +100,6 @@ def adam_8bit_kernel(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
-    rsqrt_bias2,
     eps,
     step_size,
     decay,
@@ -129,9 +125,7 @@ def adam_8bit_kernel(
     root = (v_code * v_code).to(tl.float32) * (1.0 / 65025.0)
     m = m_scale * ((m_code * tl.abs(m_code)).to(tl.float32) * (1.0 / 16129.0))
     v = v_scale * (root * root)
-    p, m, v = adam_update(
-        p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, rsqrt_bias2, eps, step_size, decay, HAS_DECAY
-    )
+    p, m, v = adam_update(p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, HAS_DECAY)
     m, v = tl.where(mask, m, 0.0), tl.where(mask, v, 0.0)
     m_scale, v_scale = largest_magnitude(m), largest_magnitude(v)
     infinity = float("inf")
@@ -159,11 +153,9 @@ def adam_bf16_(
     factors: AdamFactors,
     rounding: Rounding,
 ) -> None:
-    keys = [key - (1 << 32) if key >> 31 else key for key in rounding.keys()]  # as int32, whatever their top bit
+    keys = [key - (1 << 32) if key >> 31 else key for key in rounding.key_pair()]  # as int32
     for first, count, programs in launches(param.numel()):
-        tensors = [
-            raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, exp_avg, exp_avg_sq, grad)
-        ]
+        tensors = parts(first, param, low, exp_avg, exp_avg_sq, grad)
         adam_bf16_kernel[(programs,)](
             *tensors,
             count,
@@ -194,7 +186,7 @@ def adam_8bit_(
     for first, count in ((0, bulk), (bulk, n - bulk)):
         if count == 0:
             continue
-        flat = [raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, exp_avg, exp_avg_sq, grad)]
+        flat = parts(first, param, low, exp_avg, exp_avg_sq, grad)
         scales = [tensor[first // QUANT_BLOCK :] for tensor in (exp_avg_scale, exp_avg_sq_scale)]
         adam_8bit_kernel[(triton.cdiv(count, ROWS * QUANT_BLOCK),)](
             flat[0],

@@ -10,17 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ..factors import AdamFactors, SgdFactors
-from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, raw, store_master
+from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, parts, store_master
 
 
 @triton.jit
-def adam_update(
-    p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, rsqrt_bias2, eps, step_size, decay, HAS_DECAY: tl.constexpr
-):
+def adam_update(p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, HAS_DECAY: tl.constexpr):
     """New (p, m, v) from the old ones and the scaled gradient; every operation rounds on its own."""
     m = m + (g - m) * one_minus_beta1
     v = v * beta2 + (g * g) * one_minus_beta2
-    update = step_size * tl.div_rn(m, tl.sqrt_rn(v) * rsqrt_bias2 + eps)
+    update = step_size * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     if HAS_DECAY:
         update = update + p * decay
     return p - update, m, v
@@ -38,7 +36,6 @@ def adam_kernel(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
-    rsqrt_bias2,
     eps,
     step_size,
     decay,
@@ -57,9 +54,7 @@ def adam_kernel(
         g = g + p * l2
     m = tl.load(exp_avg + at, mask=mask, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=mask, other=0.0)
-    p, m, v = adam_update(
-        p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, rsqrt_bias2, eps, step_size, decay, HAS_DECAY
-    )
+    p, m, v = adam_update(p, m, v, g, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, HAS_DECAY)
     tl.store(exp_avg + at, m, mask=mask)
     tl.store(exp_avg_sq + at, v, mask=mask)
     store_master(param, low, at, mask, p, IS_SPLIT)
@@ -108,9 +103,7 @@ def adam_(
     param: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, factors: AdamFactors
 ) -> None:
     for first, count, programs in launches(param.numel()):
-        tensors = [
-            raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, exp_avg, exp_avg_sq, grad)
-        ]
+        tensors = parts(first, param, low, exp_avg, exp_avg_sq, grad)
         adam_kernel[(programs,)](
             *tensors,
             count,
@@ -124,11 +117,9 @@ def adam_(
         )
 
 
-def sgd_(
-    param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors
-) -> None:
+def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors) -> None:
     for first, count, programs in launches(param.numel()):
-        tensors = [raw(tensor)[first:] if tensor is not None else None for tensor in (param, low, momentum_buffer, grad)]
+        tensors = parts(first, param, low, momentum_buffer, grad)
         sgd_kernel[(programs,)](
             *tensors,
             count,
@@ -155,7 +146,6 @@ def adam_arguments(factors: AdamFactors) -> tuple[float, ...]:
         factors.one_minus_beta1,
         factors.beta2,
         factors.one_minus_beta2,
-        factors.rsqrt_bias2,
         factors.eps,
         factors.step_size,
         factors.decay,

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..scheduler.lanes import Lane, Lanes
-from ..scheduler.storage import Backend, DriveQueue, DriveTuning, StorageFile, read_fully, write_fully
+from ..scheduler.storage import Backend, DriveQueue, DriveTuning, StorageFile, read_batch, read_fully, write_fully
 from .checksum import block_digests, piece_checksum
 from .extent import Extent
 from .gate import Gate
 from .layout import Layout, Segment, file_name, stem_of
+
+SMALL_NBYTES = 256 << 10  # up to here a piece is better read together with others than in a thread of its own
+BATCH_PIECES = 512
 
 
 @dataclass(slots=True)
@@ -24,16 +27,19 @@ class Traffic:
     num_retries: int = 0
 
 
-def _read_job(gate: Gate, file: StorageFile, view: memoryview, offset: int, hashed: bool) -> tuple[int, bytes]:
+def _read_job(gate: Gate, file: StorageFile, view: memoryview, offset: int) -> int:
     with gate:
-        num_retries = read_fully(file, view, offset)
-        return num_retries, block_digests(view) if hashed else b""
+        return read_fully(file, view, offset)
 
 
-def _write_job(gate: Gate, file: StorageFile, view: memoryview, offset: int, hashed: bool) -> tuple[int, bytes]:
+def _write_job(gate: Gate, file: StorageFile, view: memoryview, offset: int) -> int:
     with gate:
-        digests = block_digests(view) if hashed else b""
-        return write_fully(file, view, offset), digests
+        return write_fully(file, view, offset)
+
+
+def _batch_job(gate: Gate, files: list[StorageFile], views: list[memoryview], offsets: list[int]) -> int:
+    with gate:
+        return read_batch(files, views, offsets)
 
 
 class Mover:
@@ -102,6 +108,53 @@ class Mover:
         self.traffic.written_nbytes += len(view)
         return checksum
 
+    async def read_many(self, wanted: Sequence[tuple[Extent, int, int, memoryview]], needed: int) -> list[str | None]:
+        """Checksums of many pieces (extent, piece, slot, view), read together where they are small.
+
+        Raises: the first failure, after every request has ended.
+        """
+        batches: dict[int, list[int]] = {}
+        single = []
+        for index, (extent, piece, _, view) in enumerate(wanted):
+            runs = self._layout.segments[extent.key][piece]
+            if len(runs) == 1 and len(view) <= SMALL_NBYTES:
+                batches.setdefault(runs[0].directory, []).append(index)
+            else:
+                single.append(index)
+        checksums: list[str | None] = [None] * len(wanted)
+
+        async def one(index: int) -> None:
+            checksums[index] = await self.read(*wanted[index], needed)
+
+        async def some(directory: int, indices: list[int]) -> None:
+            chosen = [wanted[index] for index in indices]
+            runs = [self._layout.segments[extent.key][piece][0] for extent, piece, _, _ in chosen]
+            names = [file_name(stem_of(extent.unit), slot, extent.scratch) for extent, _, slot, _ in chosen]
+            views = [view for _, _, _, view in chosen]
+            nbytes = sum(map(len, views))
+            hashed = self._hash_reads
+            num_retries, digests = await self.queues[directory].run(
+                self._lanes.read, _batch_job, self._gate, [self.file(directory, name) for name in names],
+                views, [run.offset for run in runs],
+                after=lambda num_retries: (num_retries, [block_digests(v) if hashed else b"" for v in views]),
+                unit=chosen[0][0].unit, kind=chosen[0][0].kind, nbytes=nbytes, needed=needed,
+                label=f"read of {len(chosen)} pieces from {chosen[0][0].key}[{chosen[0][1]}] on",
+            )  # fmt: skip
+            self.traffic.num_retries += num_retries
+            self.traffic.read_nbytes += nbytes
+            for index, digest in zip(indices, digests, strict=True):
+                checksums[index] = piece_checksum([digest]) if self._hash_reads else None
+
+        await _all(
+            [one(index) for index in single]
+            + [
+                some(directory, indices[start : start + BATCH_PIECES])
+                for directory, indices in batches.items()
+                for start in range(0, len(indices), BATCH_PIECES)
+            ]
+        )
+        return checksums
+
     async def _move(self, lane: Lane, job, hashed, extent, piece, slot, view, needed) -> str | None:  # type: ignore[no-untyped-def]
         name = file_name(stem_of(extent.unit), slot, extent.scratch)
         cuts = [cut for run in self._layout.segments[extent.key][piece] for cut in self._cut(run)]
@@ -110,7 +163,8 @@ class Mover:
         async def one(cut: Segment) -> tuple[int, bytes]:
             part = view if len(cuts) == 1 else view[cut.piece_offset : cut.piece_offset + cut.nbytes]
             return await self.queues[cut.directory].run(
-                lane, job, self._gate, self.file(cut.directory, name), part, cut.offset, hashed,
+                lane, job, self._gate, self.file(cut.directory, name), part, cut.offset,
+                after=lambda num_retries: (num_retries, block_digests(part) if hashed else b""),
                 unit=extent.unit, kind=extent.kind, nbytes=cut.nbytes, needed=needed,
                 label=f"{label} {name} at {cut.offset}",
             )  # fmt: skip
@@ -141,7 +195,7 @@ class Mover:
             file.close()
 
 
-async def _all(coroutines) -> list:  # type: ignore[no-untyped-def, type-arg]
+async def _all(coroutines) -> list:  # type: ignore[no-untyped-def]
     """Results of all coroutines; the first failure is raised only after every one of them has ended."""
     results = await asyncio.gather(*coroutines, return_exceptions=True)
     for result in results:

@@ -183,6 +183,23 @@ class Store:
         if self._verify and expected is not None and found != expected:
             raise self._damaged(slots.extent, piece, slot, expected, str(found))
 
+    async def read_many(self, wanted: Sequence[tuple[str, int, Tensor]], *, needed: int = NEEDED_SOON) -> None:
+        """`read` for many (key, piece, buffer) at once; small pieces go to the drive in batches of hundreds.
+
+        Worth it from a few pieces of up to 256 KiB: a thread per 4 KiB read reaches a third of a drive's rate.
+        Raises: as `read`, the first failure after every request has ended.
+        """
+        begun = []
+        for key, piece, buffer in wanted:
+            slots, view = self._begin(key, piece, buffer)
+            begun.append((slots.extent, piece, slots.source(piece), view))
+        found = await self._mover.read_many(begun, needed)
+        if self._verify:
+            for (extent, piece, slot, _), checksum in zip(begun, found, strict=True):
+                expected = self._slots[extent.key].checksums[slot][piece]
+                if expected is not None and checksum != expected:
+                    raise self._damaged(extent, piece, slot, expected, str(checksum))
+
     async def write(self, key: str, piece: int, buffer: Tensor, *, needed: int = NEEDED_LATER) -> None:
         """Write `buffer` (uint8 [piece_nbytes], page-aligned host memory) as the newest bytes of a piece.
 

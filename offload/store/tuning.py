@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..scheduler.storage import Backend, DriveTuning, OffloadIOError, ProbeReport, probe
+from ..scheduler.storage import Backend, DriveTuning, OffloadIOError, ProbeReport, measure_drive
 from .document import FORMAT, VERSION, load, publish
 from .errors import StoreCorrupt, StoreError
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 DRIVE_NAME = "drive.json"
 NUM_SHARES = 64  # shares are whole numbers that add up to about this
 WORTH_PROBING_NBYTES = 1 << 30  # a probe moves about as much: for a smaller store it costs more than it saves
-PROBE_S = 1.0
+PROBE_S = 2.0
 
 
 def tunings_for(
@@ -40,7 +40,7 @@ def _tuning(backend: Backend, total_nbytes: int) -> DriveTuning:
     if total_nbytes < WORTH_PROBING_NBYTES or backend.volatile:
         return DriveTuning()
     try:
-        report = probe(backend, seconds=PROBE_S, progress=log.debug)
+        report = measure_drive(backend, seconds=PROBE_S, progress=log.debug)
     except OffloadIOError as error:
         # Too full for the probe's file, or failing: the checks that follow say so better.
         log.warning("%s: the drive could not be measured (%s); using defaults", backend.root, error)

@@ -1,6 +1,7 @@
 """Blocking storage and what is known of drives: backends, whole transfers, queues, probes. Knows no model."""
 
 from .backend import ALIGN_NBYTES, Backend, StorageFile
+from .batch import read_batch
 from .drive import DriveTuning, file_system
 from .errors import NoSpace, OffloadIOError
 from .faults import Fault, FaultyBackend
@@ -8,7 +9,7 @@ from .files import PosixBackend, PosixFile, ensure_descriptors, open_backend, pr
 from .memory import MemoryBackend
 from .paced import Pace, PacedBackend
 from .power import OperationLog, RecordingBackend
-from .probe import ProbeReport, probe
+from .probe import ProbeReport, measure_drive
 from .queue import NEEDED_AT_COMMIT, NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue, QueueStatistics
 from .transfer import NUM_RETRIES, flush_fully, read_fully, write_fully
 
@@ -39,9 +40,10 @@ __all__ = [
     "ensure_descriptors",
     "file_system",
     "flush_fully",
+    "measure_drive",
     "open_backend",
-    "probe",
     "prove",
+    "read_batch",
     "read_fully",
     "view_of",
     "write_fully",

@@ -21,7 +21,7 @@ class DriveTuning:
         read_gb_s, write_gb_s: measured bandwidth in 1e9 bytes per second, None if not measured.
     """
 
-    chunk_nbytes: int = 8 * MIB
+    chunk_nbytes: int = 4 * MIB
     depth: int = 8
     read_gb_s: float | None = None
     write_gb_s: float | None = None

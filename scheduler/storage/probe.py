@@ -20,7 +20,7 @@ from .transfer import read_fully, write_fully
 PROBE_NAME = ".probe-speed"
 FILE_NBYTES = 256 * MIB
 CHUNKS = (MIB, 4 * MIB, 8 * MIB)
-DEPTHS = (2, 4, 8)
+DEPTHS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ProbeReport:
         )
 
 
-def probe(
+def measure_drive(
     backend: Backend, *, seconds: float = 3.0, file_nbytes: int = FILE_NBYTES, progress: Callable[[str], None] = print
 ) -> ProbeReport:
     """Measure the drive under `backend` for about `seconds` and as much again to write the file. Blocks.

@@ -74,14 +74,27 @@ class DriveQueue:
         self._refusal: Exception | None = None
 
     async def run(
-        self, lane: Lane, work: Callable[..., T], *args: Any, unit: str, kind: str, nbytes: int, needed: int, label: str
-    ) -> T:
+        self, lane: Lane, work: Callable[..., Any], *args: Any, unit: str, kind: str, nbytes: int, needed: int,
+        label: str, after: Callable[[Any], T] | None = None,
+    ) -> Any:  # fmt: skip
         """Call `work(*args)` on `lane` when it is this request's turn; raises what `work` raises.
+
+        `after` takes the result of `work` to the result of this call, in the same thread but when the drive is free
+        again for the next request: for what has to be done with the bytes and not with the drive.
 
         Raises: the exception given to `refuse`, if the queue was closed before the request began.
         """
         ticket = await self._enter(lane.name, nbytes, needed, label)
-        tracked = Tracked(work)
+        loop = asyncio.get_running_loop()
+
+        def serve(*given: Any) -> Any:
+            result = work(*given)
+            if after is None:
+                return result
+            loop.call_soon_threadsafe(self._leave, ticket)
+            return after(result)
+
+        tracked = Tracked(serve)
         try:
             return await lane.run(tracked, *args, unit=unit, kind=kind, nbytes=nbytes)
         except asyncio.CancelledError:
@@ -107,6 +120,9 @@ class DriveQueue:
         return ticket
 
     def _leave(self, ticket: _Ticket) -> None:
+        """Take a request out of flight; a second time does nothing."""
+        if ticket not in self._in_flight:
+            return
         del self._in_flight[ticket]
         self._num_by_lane[ticket.lane] -= 1
         self._in_flight_nbytes -= ticket.nbytes

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from offload.kernels import dispatch
 from torch import Tensor
+
+from offload.kernels import dispatch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
@@ -60,9 +61,8 @@ def run_both(kernel: Callable[..., object], *tensors: Tensor | None) -> None:
     for index, (left, right) in enumerate(zip(native, reference, strict=True)):
         assert_same_bits(left, right, f"argument {index}")
     if isinstance(native_value, float):
-        assert_same_bits(
-            torch.tensor(native_value, dtype=torch.float64), torch.tensor(reference_value, dtype=torch.float64), "result"
-        )
+        values = [torch.tensor(value, dtype=torch.float64) for value in (native_value, reference_value)]
+        assert_same_bits(*values, "result")
 
 
 def _copy_keeping_offset(tensor: Tensor) -> Tensor:

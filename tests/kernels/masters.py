@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from offload.kernels.master import split_
 from torch import Tensor
+
+from offload.kernels.master import split_
 
 from .bits import any_values
 

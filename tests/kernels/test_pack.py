@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from offload.kernels.gradient import copy_
 from offload.kernels.pack import FlatLayout, pack_, unpack_
 

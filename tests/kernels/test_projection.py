@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.kernels import dispatch
 from offload.kernels.gradient import squared_norm
 from offload.kernels.master import join_
@@ -28,9 +29,9 @@ from .masters import make_master
 def test_native_equals_reference(n: int, offset: int, is_split: bool, dtype: torch.dtype, seed: int) -> None:
     param, low = make_master(n, offset, is_split, seed)
     grad = any_values(n + offset, dtype, seed + 1)[offset:]
-    run_both(lambda p, l, g: project_(p, l, g, 0.3, 1.1), param, low, grad)
+    run_both(lambda p, w, g: project_(p, w, g, 0.3, 1.1), param, low, grad)
     for part in ("weight_grad", "weight_weight", "grad_grad"):
-        run_both(lambda p, l, g, part=part: getattr(projection_sums(p, l, g), part), param, low, grad)
+        run_both(lambda p, w, g, part=part: getattr(projection_sums(p, w, g), part), param, low, grad)
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])

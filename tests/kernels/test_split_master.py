@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from offload.kernels import dispatch
 from offload.kernels.master import join_, split_
-from torch import Tensor
 
 from .bits import any_values, hard_float32, run_both
 

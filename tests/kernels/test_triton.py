@@ -32,7 +32,7 @@ def test_interpreter_gives_the_bits_of_the_native_kernels() -> None:
     counts = json.loads(output.splitlines()[-1])
     assert counts == {
         "check_optimizer": 144,
-        "check_moments": 108,
+        "check_moments": 72,
         "check_gradient": 162,
         "check_projection": 72,
         "check_master": 6,

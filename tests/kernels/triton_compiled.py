@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from offload.kernels.triton import formats, gradient, loss, master, moments, optimizer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ADAM = "fp32 " * 9
+from offload.kernels.triton import formats, gradient, loss, master, moments, optimizer
+
+ADAM = "fp32 " * 8
 POINTERS = {"f": "*fp32", "s": "*i16", "h": "*fp16", "b": "*i8", "u": "*u8", "d": "*fp64", "l": "*i64"}
 
 # name -> (kernel, one letter per pointer, scalar types, constants)
@@ -129,7 +130,7 @@ def compile_kernel(name: str, capability: int) -> dict[str, object]:
         if kind.startswith("*") or (kind == "i32" and names[i] in ("n", "stride", "vocabulary"))
     }
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    options = formats.OPTIONS | getattr(loss, "OPTIONS", {}) if function is loss.cross_entropy_kernel else formats.OPTIONS
+    options = loss.OPTIONS if function is loss.cross_entropy_kernel else formats.OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
     return {"kernel": name, "capability": capability, **_resources(ptx, capability), **_instructions(ptx)}

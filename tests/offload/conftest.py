@@ -342,7 +342,13 @@ def settings(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     if request.param == "memory":
         return {"device": "cpu"}
     if request.param == "nvme":
-        return {"device": "cpu", "nvme": tmp_path / "nvme", "homes": ALL_NVME, "host_memory": "64MiB"}
+        return {
+            "device": "cpu",
+            "nvme": tmp_path / "nvme",
+            "homes": ALL_NVME,
+            "host_memory": "64MiB",
+            "overwrite": True,
+        }
     return {"device": FakeDevice(seed=1, max_delay_s=3e-4), "device_memory": "1MiB"}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offload import SGD, OffloadConfig
 from offload.assembly import assemble
-from offload.gradients import MAX_IN_FLIGHT, Gradients, by_itemsize, unpack
+from offload.gradients import MAX_IN_FLIGHT, Contribution, Gradients, by_itemsize, unpack
 from offload.homes import Home, gather_all
 from offload.scheduler.loop import LoopThread
 
@@ -28,8 +28,10 @@ class SlowStore:
         self.pieces: dict[tuple[str, int], Tensor] = {}
         self.gate = threading.Event()
         self.num_begun = 0
+        self.num_reads = 0
 
     async def read(self, key: str, piece: int, buffer: Tensor) -> None:
+        self.num_reads += 1
         buffer.copy_(self.pieces[key, piece])
 
     async def write(self, key: str, piece: int, buffer: Tensor) -> None:
@@ -53,7 +55,13 @@ class Rig:
         self.loop = LoopThread()
         stage = type(self.parts.stage)("test memory", 1 << 20, self.parts.device.allocate_host)
         self.gradients = Gradients(
-            self.parts.layouts, self.parts.homes, self.parts.device, self.parts.lanes, self.loop, stage.acquire, num_backwards
+            self.parts.layouts,
+            self.parts.homes,
+            self.parts.device,
+            self.parts.lanes,
+            self.loop,
+            stage.acquire,
+            num_backwards,
         )
         self.weights = [layer.weight for layer in model]
 
@@ -101,10 +109,15 @@ def test_gradients_of_one_unit_come_home_in_the_order_they_were_sent(make_rig: C
     rig.gradients.end_backward()
     while not rig.store.num_begun:
         time.sleep(0.001)
-    rig.store.pieces = {(f"{i}/grad", 0): torch.zeros(8192, dtype=torch.uint8) for i in range(3)}  # what a rash reader sees
+    # What a rash reader would see:
+    rig.store.pieces = {(f"{i}/grad", 0): torch.zeros(8192, dtype=torch.uint8) for i in range(3)}
     rig.give(0, 2.0)
     rig.gradients.flush(0, more_to_come=False)
     rig.gradients.end_backward()
+    deadline = time.monotonic() + 0.2
+    while not rig.store.num_reads and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert rig.store.num_reads == 0, "the sum was read before the first gradient was in it"
     rig.store.gate.set()
     rig.gradients.wait()
     assert (rig.total(0) == 3.0).all()
@@ -181,24 +194,35 @@ def test_sum_over_calls_is_complete_before_it_is_added(make_rig: Callable[..., R
     assert (rig.total(0) == 1.0 + 2.0**-23).all()
 
 
-def test_drop_forgets_also_what_is_on_its_way(make_rig: Callable[..., Rig]) -> None:
-    rig = make_rig(1)
+def test_drop_waits_for_what_is_on_its_way(make_rig: Callable[..., Rig]) -> None:
+    """Else a dropped gradient would still arrive, and leave its norm, in the next step."""
+    rig = make_rig(1, in_store=False)
+    gate = threading.Event()
+    lane = rig.parts.lanes.cpu
+    blockers = [
+        rig.loop.submit(lane.run(gate.wait, PATIENCE_S, unit="", kind="", nbytes=0)) for _ in range(lane.num_threads)
+    ]
     rig.give(0, 1.0)
     rig.gradients.flush(0, more_to_come=False)
-    rig.give(1, 1.0)
-    rig.store.gate.set()
-    rig.gradients.drop()
+    rig.give(1, 1.0)  # taken and not sent
+    thread = threading.Thread(target=rig.gradients.drop)
+    thread.start()
+    thread.join(0.05)
+    assert thread.is_alive(), "the gradient is still on its way"
+    gate.set()
+    thread.join(PATIENCE_S)
+    assert all(blocker.result(PATIENCE_S) for blocker in blockers)
     assert rig.gradients.present() == set() and rig.gradients.num_backwards == 0
-    rig.give(0, 4.0)
-    rig.gradients.flush(0, more_to_come=False)
+    rig.give(2, 4.0)
+    rig.gradients.flush(2, more_to_come=False)
     rig.gradients.end_backward()
     rig.gradients.wait()
-    assert (rig.total(0) == 4.0).all()
     assert rig.gradients.total_square(rig.weights) == 16.0 * 256
+    assert (rig.total(2) == 4.0).all()
 
 
 def test_norm_is_exact_and_in_the_order_of_names(make_rig: Callable[..., Rig]) -> None:
-    """float64: 256 * (2**-30)**2 would vanish beside 256 * 1.0 in fp32."""
+    """float64: 256 * (2**-20)**2 would vanish beside 256 * 1.0 in fp32."""
     rig = make_rig(1, in_store=False)
     for index, value in ((2, 2.0**-20), (0, 1.0)):
         rig.give(index, value)
@@ -209,8 +233,6 @@ def test_norm_is_exact_and_in_the_order_of_names(make_rig: Callable[..., Rig]) -
 
 
 def test_packed_gradients_are_aligned_and_come_apart_again(make_rig: Callable[..., Rig]) -> None:
-    from offload.gradients import Contribution
-
     rig = make_rig(1)
     members = [rig.parts.layouts[i].by_parameter[rig.weights[i]] for i in range(3)]
     gradients = [torch.arange(3).bfloat16(), torch.arange(5).float(), torch.arange(7).bfloat16()]

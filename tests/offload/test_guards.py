@@ -100,7 +100,9 @@ def test_module_state_dict_gives_real_values(kit: SimpleNamespace, settings: dic
             ours, expected = engine.module.state_dict(), Model().state_dict()
             assert list(ours) == list(expected)
             for name, value in expected.items():
-                is_cast = value.dtype.is_floating_point and name in dict(Model().named_parameters(remove_duplicate=False))
+                is_cast = value.dtype.is_floating_point and name in dict(
+                    Model().named_parameters(remove_duplicate=False)
+                )
                 assert kit.bits(ours[name]) == kit.bits(value.to(dtype) if is_cast else value), name
             assert ours["head.weight"].data_ptr() == ours["embed.weight"].data_ptr(), "tied stays shared"
             assert ours["block.0.weight"].data_ptr() != ours["frozen.weight"].data_ptr()
@@ -155,14 +157,20 @@ def test_engine_state_dict_is_in_full_precision(kit: SimpleNamespace, settings: 
 REFUSED = {
     "deepcopy": (copy.deepcopy, r"deep-copying Model is refused; .*engine.state_dict\(\)"),
     "deepcopy of a part": (lambda m: copy.deepcopy(m.block), r"deep-copying Sequential is refused"),
-    "deepcopy of a parameter": (lambda m: copy.deepcopy(next(m.parameters())), r"copying parameter '\w+(\.weight)?' is refused"),
+    "deepcopy of a parameter": (
+        lambda m: copy.deepcopy(next(m.parameters())),
+        r"copying parameter '\w+(\.weight)?' is refused",
+    ),
     "pickle": (pickle.dumps, r"pickling Model is refused; .*engine.state_dict\(\)"),
     "torch.save": (lambda m: torch.save(m, io.BytesIO()), r"pickling Model is refused"),
     "to": (lambda m: m.to(torch.float64), r"moving or casting Model is refused; .*OffloadConfig"),
     "half": (lambda m: m.half(), r"moving or casting Model is refused"),
     "part.to": (lambda m: m.block.to("cpu"), r"moving or casting Sequential is refused"),
     "share_memory": (lambda m: m.share_memory(), r"moving or casting Model is refused"),
-    "load_state_dict": (lambda m: m.load_state_dict(Model().state_dict()), r"load_state_dict on Model .*engine.load_state_dict"),
+    "load_state_dict": (
+        lambda m: m.load_state_dict(Model().state_dict()),
+        r"load_state_dict on Model .*engine.load_state_dict",
+    ),
     "part.load_state_dict": (
         lambda m: m.block.load_state_dict(Model().block.state_dict()),
         r"load_state_dict on Sequential .*engine.load_state_dict",
@@ -186,7 +194,9 @@ def test_whole_module_copies_and_moves_are_refused(kit: SimpleNamespace, engine:
 def test_placeholder_written_to_raises_at_the_next_fetch(engine: OffloadEngine) -> None:
     with torch.no_grad():
         next(engine.module.block.parameters()).fill_(1.0)
-    with pytest.raises(PlaceholderOverwritten, match=r"'block.0.weight'.* written to .*engine.gather\('block.0.weight', write=True\)"):
+    with pytest.raises(
+        PlaceholderOverwritten, match=r"'block.0.weight'.* written to .*engine.gather\('block.0.weight', write=True\)"
+    ):
         engine(TOKENS)
 
 
@@ -306,7 +316,11 @@ def test_load_state_dict_round_trip(kit: SimpleNamespace, settings: dict[str, An
     [
         (lambda d: d.pop("scale"), KeyError, r"missing \['scale'\]"),
         (lambda d: d.update(extra=torch.ones(1)), KeyError, r"unexpected \['extra'\]"),
-        (lambda d: d.update(scale=torch.ones(9)), ValueError, r"'scale' has shape \(9,\) in state_dict and \(8,\) in the model"),
+        (
+            lambda d: d.update(scale=torch.ones(9)),
+            ValueError,
+            r"'scale' has shape \(9,\) in state_dict and \(8,\) in the model",
+        ),
     ],
 )
 def test_state_dict_that_does_not_fit(
@@ -321,7 +335,9 @@ def test_state_dict_that_does_not_fit(
 
 
 def test_load_state_dict_takes_a_part_if_not_strict(kit: SimpleNamespace, engine: OffloadEngine) -> None:
-    engine.load_state_dict({"scale": torch.zeros(8), "norm.running_mean": torch.ones(8), "other": torch.ones(1)}, strict=False)
+    engine.load_state_dict(
+        {"scale": torch.zeros(8), "norm.running_mean": torch.ones(8), "other": torch.ones(1)}, strict=False
+    )
     assert (engine.module.scale == 0).all()
     assert (engine.module.norm.running_mean == 1).all()
     assert kit.bits(engine.module.block[0].weight) == kit.bits(Model().block[0].weight)
@@ -369,7 +385,9 @@ def test_backward_of_a_loss_that_outlives_the_engine(settings: dict[str, Any]) -
 def test_parameter_read_after_close(settings: dict[str, Any]) -> None:
     engine = OffloadEngine(Model(), AdamW(), OffloadConfig(**FP32, **settings))
     engine.close()
-    with pytest.raises(RuntimeError, match=r"'frozen.weight' was read after engine.close\(\).*engine.state_dict\(\) before"):
+    with pytest.raises(
+        RuntimeError, match=r"'frozen.weight' was read after engine.close\(\).*engine.state_dict\(\) before"
+    ):
         _ = engine.module.frozen.weight
 
 
@@ -390,6 +408,8 @@ def test_close_with_work_in_flight(settings: dict[str, Any]) -> None:
 
 
 def test_module_cannot_be_wrapped_twice(engine: OffloadEngine) -> None:
-    with pytest.raises(ValueError, match=r"already wrapped by an engine; close that engine first, or build a new module"):
+    with pytest.raises(
+        ValueError, match=r"already wrapped by an engine; close that engine first, or build a new module"
+    ):
         OffloadEngine(engine.module, AdamW(), OffloadConfig(**FP32))
     train(engine)

@@ -329,7 +329,6 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "lstm": lstm,
     "batch norm": ConvNet,
     "checkpointed": lambda: Checkpointed(False),
-    "checkpointed reentrant": lambda: Checkpointed(True),
     "in place": InPlaceAfter,
     "weight norm": lambda: nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 8)
@@ -348,6 +347,20 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 @pytest.mark.parametrize("name", MODULES)
 def test_module_trains_as_in_torch(kit: SimpleNamespace, settings: dict[str, Any], name: str) -> None:
     kit.train_both(seeded(MODULES[name]), simple_loss, settings)
+
+
+def test_reentrant_checkpointing_is_refused(settings: dict[str, Any]) -> None:
+    """Its backward runs backwards of its own, so the engine could not tell when the whole one has ended."""
+    with OffloadEngine(Checkpointed(True), AdamW(), OffloadConfig(dtype=torch.float32, **settings)) as engine:
+        loss = engine(noise(3, 8)).square().mean()
+        with pytest.raises(
+            RuntimeError, match=r"use_reentrant=True.*switch gradient checkpointing off, or .*use_reentrant=False"
+        ):
+            engine.backward(loss)
+        engine.module.reentrant = False
+        engine.optimizer.zero_grad()
+        engine.backward(engine(noise(3, 8)).square().mean())
+        assert not engine.step().skipped
 
 
 def test_parent_computes_with_its_embedding(kit: SimpleNamespace, settings: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ class Placements:
         if placement == "memory":
             return OffloadConfig(device="cpu", **settings)
         if placement == "mixed":
-            return self._with_host_budget(3.0, device="cpu", nvme=self.nvme(), **settings)
+            return self._with_host_budget(4.5, device="cpu", nvme=self.nvme(), **settings)
         if placement == "tight":
             return self._with_host_budget(1.0, device="cpu", nvme=self.nvme(), **settings)
         if placement == "nvme":
@@ -59,15 +59,17 @@ class Placements:
         return self._with_device_budget(1.6, nvme=self.nvme(), homes=self._kit.ALL_NVME, **fake)
 
     def _with_host_budget(self, factor: float, **settings: Any) -> OffloadConfig:
-        smallest = self._smallest("host_memory", settings)
+        smallest = self._smallest("host_memory", dict(settings))
         return OffloadConfig(host_memory=int(smallest * factor), **settings)
 
     def _with_device_budget(self, factor: float, **settings: Any) -> OffloadConfig:
-        smallest = self._smallest("device_memory", settings)
+        smallest = self._smallest("device_memory", dict(settings))
         return OffloadConfig(device_memory=int(smallest * factor), **settings)
 
     def _smallest(self, name: str, settings: dict[str, Any]) -> int:
         def build(budget: int) -> None:
+            if "nvme" in settings:
+                settings["nvme"] = self.nvme()
             OffloadEngine(self._make_model(), self._spec, OffloadConfig(**{name: budget}, **settings)).close()
 
         return self._kit.smallest_budget(build)
@@ -101,16 +103,19 @@ def test_same_bits_everywhere(
 
 
 @pytest.mark.parametrize("kinds", [("param",), ("grad",), ("states",), ("param", "states"), ("grad", "states")])
-def test_each_kind_on_nvme_alone(kit: SimpleNamespace, placements: Placements, kinds: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("durability", ["step", "none"])
+def test_each_kind_on_nvme_alone(
+    kit: SimpleNamespace, placements: Placements, kinds: tuple[str, ...], durability: str
+) -> None:
     data = kit.batches(4)
     settings = {"micro_batches": 2, "device": "cpu", "clip_grad_norm": 0.5}
     in_memory = kit.engine_run(kit.TinyGPT(), SPEC, OffloadConfig(**settings), data)
     homes = {kind: "nvme" if kind in kinds else "host" for kind in kit.ALL_NVME}
-    config = OffloadConfig(nvme=placements.nvme(), homes=homes, **settings)
+    config = OffloadConfig(nvme=placements.nvme(), homes=homes, durability=durability, **settings)
     kit.assert_same_run(kit.engine_run(kit.TinyGPT(), SPEC, config, data), in_memory)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_timing_of_copies_gives_the_same_bits(kit: SimpleNamespace, placements: Placements, seed: int) -> None:
     data = kit.batches(4)
     in_memory = kit.engine_run(kit.TinyGPT(dropout=0.1), SPEC, placements.config("memory", micro_batches=2), data)
@@ -134,8 +139,13 @@ def test_slots_are_evicted_and_reused(kit: SimpleNamespace, placements: Placemen
     assert min(uploads) > staged_nbytes
 
 
-def test_mixed_plan_uses_both_tiers(kit: SimpleNamespace, placements: Placements) -> None:
-    with OffloadEngine(kit.TinyGPT(), SPEC, placements.config("mixed", dtype=torch.float32)) as engine:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_mixed_plan_uses_both_tiers(
+    kit: SimpleNamespace, placements: Placements, dtype: torch.dtype, micro_batches: int
+) -> None:
+    config = placements.config("mixed", dtype=dtype, micro_batches=micro_batches)
+    with OffloadEngine(kit.TinyGPT(), SPEC, config) as engine:
         table = str(engine)
         memory = engine.memory
     assert "KiB host" in table and "KiB nvme" in table, table
@@ -210,7 +220,7 @@ def test_two_threads_give_the_same_bits_in_every_placement(kit: SimpleNamespace,
     data = kit.batches(2, batch=8)
     runs = [
         kit.engine_run(kit.TinyGPT(dropout=0.1), SPEC, placements.config(placement), data)
-        for placement in ("memory", "tight", "nvme", "fake nvme")
+        for placement in ("memory", "nvme", "fake")
     ]
     for run in runs[1:]:
         kit.assert_same_run(run, runs[0])

@@ -39,7 +39,6 @@ def test_fake_memory_is_poisoned_until_something_arrives() -> None:
     assert device.poison() and not OneMemoryDevice().poison()
 
 
-
 def test_fake_copies_arrive_in_two_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever does not wait for the copy sees nothing of it, then half of it: the race is widened, not hidden."""
     device = FakeDevice(seed=1)

@@ -75,7 +75,7 @@ def test_no_more_in_service_than_threads(trace: Trace) -> None:
 
 
 def test_cancelled_call_keeps_its_buffer_until_the_thread_is_done(lane: Lane) -> None:
-    """Without the shield the coroutine ends at once, its lease is reused, and the thread writes into another's buffer."""
+    """Without the shield the call ends at once, its lease is reused, and the thread writes into another's buffer."""
     pool = Pool("test memory", PAGE_NBYTES, allocate_pages)
     begun, go_on = threading.Event(), threading.Event()
 
@@ -95,8 +95,7 @@ def test_cancelled_call_keeps_its_buffer_until_the_thread_is_done(lane: Lane) ->
 
     async def main() -> None:
         task = asyncio.create_task(transfer())
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
         for _ in range(3):  # also when it is cancelled again and again
             task.cancel()
             await asyncio.sleep(0.02)
@@ -143,8 +142,7 @@ def test_failure_of_a_cancelled_call_is_not_reported_as_unretrieved(lane: Lane) 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context["message"]))
         task = asyncio.create_task(lane.run(fail, unit="u", kind="k", nbytes=0))
-        while not begun.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(begun.wait, PATIENCE_S)
         task.cancel()
         await asyncio.sleep(0)
         go_on.set()
@@ -158,7 +156,9 @@ def test_failure_of_a_cancelled_call_is_not_reported_as_unretrieved(lane: Lane) 
 
 def test_lanes_of_an_engine() -> None:
     lanes = Lanes(Trace())
-    assert {lane.name for lane in (lanes.read, lanes.write, lanes.h2d, lanes.d2h, lanes.cpu)} | {"compute"} == set(LANES)
+    assert {lane.name for lane in (lanes.read, lanes.write, lanes.h2d, lanes.d2h, lanes.cpu)} | {"compute"} == set(
+        LANES
+    )
     assert (lanes.h2d.num_threads, lanes.d2h.num_threads) == (1, 1)
     lanes.close()
     lanes.close()

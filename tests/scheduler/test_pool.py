@@ -98,7 +98,9 @@ def test_same_size_is_reused_without_allocating(memory: Memory) -> None:
 
 def test_asking_for_more_than_everything_names_the_numbers(memory: Memory) -> None:
     pool = pool_of(memory, 2)
-    with pytest.raises(BudgetExceeded, match=r"unit/param needs 12288 bytes of test memory, whose whole budget is 8192 bytes"):
+    with pytest.raises(
+        BudgetExceeded, match=r"unit/param needs 12288 bytes of test memory, whose whole budget is 8192 bytes"
+    ):
         pool.try_acquire(2 * PAGE_NBYTES + 1, "unit/param")
     assert memory.allocated == []
     assert take(pool, 2)

@@ -18,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from offload.scheduler.storage import probe
+    from offload.scheduler.storage import measure_drive
     from offload.store.folder import open_folders
     from offload.store.tuning import save_report
 
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         folders = open_folders([directory], None, make=True)
         try:
             backend = folders.backends[0]
-            reports.append(probe(backend, seconds=arguments.seconds, progress=lambda text: None))
+            reports.append(measure_drive(backend, seconds=arguments.seconds, progress=lambda text: None))
             save_report(backend, reports[-1])
         finally:
             folders.release()

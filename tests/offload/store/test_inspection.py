@@ -6,7 +6,7 @@ import pytest
 
 from offload.bench.cli import main
 from offload.scheduler.storage import PosixBackend, ProbeReport
-from offload.scheduler.storage.probe import best, probe
+from offload.scheduler.storage.probe import best, measure_drive
 from offload.store import NotResumable, Store, StoreBusy, StoreError, StoreMissing
 from offload.store.inspection import delete_garbage, inspect_store, list_garbage, verify_store
 from offload.store.tuning import load_tuning, shares_of
@@ -148,8 +148,7 @@ def report(**facts):
 
 
 def test_probe_measures_and_keeps_the_result_for_the_next_store(make, kit, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.scheduler.storage.probe.FILE_NBYTES", 16 << 20)
-    monkeypatch.setattr(probe, "__kwdefaults__", {**probe.__kwdefaults__, "file_nbytes": 16 << 20})
+    monkeypatch.setattr(measure_drive, "__kwdefaults__", {**measure_drive.__kwdefaults__, "file_nbytes": 16 << 20})
     target = tmp_path / "drives.json"
     assert main(["probe", str(tmp_path / "nvme"), "--seconds", "0.2", "--json", str(target)]) == 0
     [drive] = json.loads(target.read_text())["drives"]

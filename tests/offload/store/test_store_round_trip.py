@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from offload.scheduler.trace import moved_nbytes
-from offload.store import Extent, Store, StoreClosed, StoreError
+from offload.store import ChecksumError, Extent, Store, StoreClosed, StoreError
 
 
 @pytest.mark.parametrize("num_directories", [1, 2, 3])
@@ -52,7 +52,7 @@ def test_lanes_record_every_byte(make, kit, lanes):
     spans, _ = lanes.trace.drain()
     assert moved_nbytes(spans)["read"] == moved_nbytes(spans)["write"] == 17 << 20
     assert {(span.unit, span.kind) for span in spans} == {("blocks.0", "param")}
-    assert len([span for span in spans if span.lane == "read"]) == 3  # 8 + 8 + 1 MiB
+    assert len([span for span in spans if span.lane == "read"]) == 5  # 4 times 4 and 1 MiB
 
 
 def test_one_file_per_unit_and_slot_holds_params_then_states(make, kit, tmp_path):
@@ -189,3 +189,28 @@ def test_descriptors_and_threads_are_flat_over_many_stores(kit, lanes, tmp_path)
         once()
     assert len(os.listdir("/proc/self/fd")) == num_descriptors
     assert threading.active_count() <= num_threads
+
+
+@pytest.mark.parametrize("num_directories", [1, 3])
+def test_reading_many_pieces_at_once_is_reading_each(make, kit, tmp_path, num_directories):
+    members = kit.extents(3, (kit.PAGE,) * 40 + (3 << 20, 64 << 10), scratch=False)
+    store = make(members, [tmp_path / f"d{index}" for index in range(num_directories)], durability="step")
+    kit.run(kit.write_step(store, members, 1))
+    wanted = [
+        (extent.key, piece, kit.allocate(nbytes))
+        for extent in members
+        for piece, nbytes in enumerate(extent.piece_nbytes)
+    ]
+    kit.run(store.read_many(wanted))
+    assert store.read_nbytes == sum(extent.nbytes for extent in members)
+    for key, piece, buffer in wanted:
+        got = kit.allocate(buffer.numel())
+        kit.run(store.read(key, piece, got))
+        assert torch.equal(got, buffer), (key, piece)
+    [place] = [run for run in store._mover._layout.segments["blocks.1/param"][7]]
+    path = tmp_path / f"d{place.directory}" / "offload-store" / "unit-blocks.1.slot0"
+    with open(path, "r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\xff\x00\xff\x00\xff")
+    with pytest.raises(ChecksumError, match=r"piece 7 of 42 of blocks\.1/param"):
+        kit.run(store.read_many(wanted))

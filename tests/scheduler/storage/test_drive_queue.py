@@ -212,3 +212,46 @@ def test_statistics_name_the_oldest_request_in_flight(lanes):
 def test_bounds_below_one_are_refused(bad):
     with pytest.raises(ValueError, match="must all be at least 1"):
         queue(*bad)
+
+
+def test_the_drive_is_free_for_the_next_request_while_bytes_are_hashed(lanes):
+    """`after` of the first request waits for the second to have been served: with the drive held it never would be."""
+    served = threading.Event()
+
+    async def body():
+        drive = queue(depth=1, lane_depth=1)
+        first = drive.run(
+            lanes.read, int, unit="u", kind="k", nbytes=1, needed=NEEDED_SOON, label="first",
+            after=lambda result: (result, served.wait(20)),
+        )  # fmt: skip
+        second = submit(drive, lanes.read, served.set)
+        assert (await asyncio.gather(first, second))[0] == (0, True)
+        assert drive.statistics().num_in_flight == 0
+
+    run(body())
+
+
+def test_a_cancelled_request_ends_only_with_its_thread(lanes):
+    gate, begun, ended = threading.Event(), threading.Event(), []
+
+    def work():
+        begun.set()
+        gate.wait(20)
+        ended.append(1)
+
+    async def body():
+        drive = queue()
+        call = submit(drive, lanes.read, work)
+        while not begun.is_set():  # noqa: ASYNC110 - set in another thread
+            await asyncio.sleep(0.001)
+        for _ in range(3):
+            call.cancel()
+            await asyncio.sleep(0.005)
+        assert not call.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert ended == [1]
+        assert drive.statistics().num_in_flight == 0
+
+    run(body())
