@@ -53,7 +53,9 @@ class EngineOptimizer(torch.optim.Optimizer):
                 "to the "
                 "optimizer's spec, e.g. AdamW(groups=[...])"
             )
-        super().add_param_group(param_group)
+        # The plain function: torch's wrapper loads its compiler at the first call, 150 MB of resident memory.
+        add = torch.optim.Optimizer.add_param_group
+        getattr(add, "__wrapped__", add)(self, param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form, with states brought to host memory: {"state": {index: {...}}, "param_groups": [...]}."""

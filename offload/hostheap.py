@@ -15,7 +15,7 @@ from typing import Any
 _M_MMAP_THRESHOLD = -3
 _MIN_NBYTES = 1 << 20
 _MAX_NBYTES = 32 << 20
-_BUDGET_SHARE = 64
+_BUDGET_SHARE = 32
 
 
 @cache

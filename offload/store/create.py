@@ -11,6 +11,7 @@ from typing import Any
 from ..scheduler.storage import Backend, NoSpace, flush_fully
 from .document import MANIFEST_NAME, STORE_NAME, load
 from .errors import NotResumable, StoreCorrupt, StoreMissing
+from .extent import Extent
 from .genesis import Genesis
 from .layout import Layout, plan_layout
 
@@ -49,6 +50,14 @@ def _flush(backend: Backend, name: str) -> None:
         flush_fully(file)
     finally:
         file.close()
+
+
+def check_total_space(backends: Sequence[Backend], extents: Sequence[Extent], num_slots: int) -> None:
+    """Refuse what cannot fit on all drives together, before any of them is measured. Raises: NoSpace."""
+    needed_nbytes = sum(extent.nbytes * (1 if extent.scratch else num_slots) for extent in extents)
+    free_nbytes = sum(backend.free_nbytes() for backend in backends)
+    if needed_nbytes > free_nbytes:
+        raise NoSpace(backends[0].root, needed_nbytes, free_nbytes)
 
 
 def _check_space(backends: Sequence[Backend], layout: Layout, num_slots: int) -> None:

@@ -63,10 +63,11 @@ class Folders:
             lock.release()
 
     def undo(self) -> None:
-        """Remove the folders made here (they must be empty but for the lock) and give the locks back."""
+        """Remove the folders made here (empty but for the lock and what was measured) and give the locks back."""
         for lock, was_there in zip(self.locks, self.lock_was_there, strict=True):
             lock.release(remove=not was_there)
         for path in reversed(self.made):
+            (path / DRIVE_NAME).unlink(missing_ok=True)
             try:
                 path.rmdir()
             except OSError:

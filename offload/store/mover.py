@@ -64,9 +64,13 @@ class Mover:
         self._chunk_nbytes = [tuning.chunk_nbytes for tuning in tunings]
         # Each drive gets its share of the lane's threads, so that a slow drive cannot take all of them.
         threads = max(1, lanes.read.num_threads // len(backends))
+        # `tuning.depth` is per direction: with the drive's best depth of reads in flight a write needs its own place.
         self.queues = [
             DriveQueue(
-                str(backend.root), depth=tuning.depth, lane_depth=threads, max_in_flight_nbytes=max_in_flight_nbytes
+                str(backend.root),
+                depth=2 * tuning.depth,
+                lane_depth=min(threads, tuning.depth),
+                max_in_flight_nbytes=max_in_flight_nbytes,
             )
             for backend, tuning in zip(backends, tunings, strict=True)
         ]
@@ -129,12 +133,17 @@ class Mover:
         async def some(directory: int, indices: list[int]) -> None:
             chosen = [wanted[index] for index in indices]
             runs = [self._layout.segments[extent.key][piece][0] for extent, piece, _, _ in chosen]
-            names = [file_name(stem_of(extent.unit), slot, extent.scratch) for extent, _, slot, _ in chosen]
+            known: dict[tuple[str, int], StorageFile] = {}
+            for extent, _, slot, _ in chosen:
+                if (extent.key, slot) not in known:
+                    name = file_name(stem_of(extent.unit), slot, extent.scratch)
+                    known[extent.key, slot] = self.file(directory, name)
+            files = [known[extent.key, slot] for extent, _, slot, _ in chosen]
             views = [view for _, _, _, view in chosen]
             nbytes = sum(map(len, views))
             hashed = self._hash_reads
             num_retries, digests = await self.queues[directory].run(
-                self._lanes.read, _batch_job, self._gate, [self.file(directory, name) for name in names],
+                self._lanes.read, _batch_job, self._gate, files,
                 views, [run.offset for run in runs],
                 after=lambda num_retries: (num_retries, [block_digests(v) if hashed else b"" for v in views]),
                 unit=chosen[0][0].unit, kind=chosen[0][0].kind, nbytes=nbytes, needed=needed,

@@ -14,7 +14,7 @@ from ..scheduler.lanes import Lanes
 from ..scheduler.storage import NEEDED_LATER, NEEDED_SOON, Backend, DriveTuning, ensure_descriptors, view_of
 from .codec import decode
 from .commit import Committer
-from .create import make_files, open_committed
+from .create import check_total_space, make_files, open_committed
 from .document import STORE_NAME
 from .endurance import EnduranceAccount
 from .errors import ChecksumError, StoreError
@@ -120,6 +120,7 @@ class Store:
         folders = open_folders(directories, backend, make=True)
         try:
             clear_dead_runs(folders.backends, overwrite=overwrite)
+            check_total_space(folders.backends, extents, 1 if durability == "none" else 2)
             chosen = tunings_for(folders.backends, tunings, sum(extent.nbytes for extent in extents))
             shares = shares_of(chosen)
             genesis = Genesis.new(identity, durability, shares, folders.directories, extents)
@@ -176,6 +177,7 @@ class Store:
         Raises: OffloadIOError; ChecksumError if other bytes come back than were written (verify on); StoreError for a
             piece without valid bytes; StoreClosed. The buffer belongs to the caller again in every case.
         """
+        self._enter()
         slots, view = self._begin(key, piece, buffer)
         slot = slots.source(piece)
         found = await self._mover.read(slots.extent, piece, slot, view, needed)
@@ -189,6 +191,7 @@ class Store:
         Worth it from a few pieces of up to 256 KiB: a thread per 4 KiB read reaches a third of a drive's rate.
         Raises: as `read`, the first failure after every request has ended.
         """
+        self._enter()
         begun = []
         for key, piece, buffer in wanted:
             slots, view = self._begin(key, piece, buffer)
@@ -206,6 +209,7 @@ class Store:
         Waits first for the commit that the piece is part of, if one is under way. The caller keeps `buffer` unchanged
         until this returns. Raises: OffloadIOError; StoreBroken after a failed commit; StoreClosed.
         """
+        self._enter()
         slots, view = self._begin(key, piece, buffer)
         await self._committer.wait_writable(key)
         slot = slots.begin_write(piece)
@@ -220,13 +224,14 @@ class Store:
         Raises: StoreError if an extent was written in part or `extra` holds what JSON cannot; StoreBroken if it failed
             (the previous step is intact); StoreClosed.
         """
-        self._gate.check()
-        self._loop = asyncio.get_running_loop()
+        self._enter()
         return await self._committer.commit(step, extra or {}, force=force)
 
-    def _begin(self, key: str, piece: int, buffer: Tensor) -> tuple[ExtentSlots, memoryview]:
+    def _enter(self) -> None:
         self._gate.check()
         self._loop = asyncio.get_running_loop()
+
+    def _begin(self, key: str, piece: int, buffer: Tensor) -> tuple[ExtentSlots, memoryview]:
         slots = self._slots.get(key)
         if slots is None:
             raise StoreError(f"the store has no extent {key!r}; it was created with {list(self._slots)[:8]}")

@@ -17,7 +17,7 @@ class DriveTuning:
 
     Attributes:
         chunk_nbytes: larger transfers are cut into requests of this size; a multiple of 1 MiB.
-        depth: requests in flight at once, both directions together.
+        depth: requests in flight at once in each direction.
         read_gb_s, write_gb_s: measured bandwidth in 1e9 bytes per second, None if not measured.
     """
 

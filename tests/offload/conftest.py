@@ -1,4 +1,4 @@
-"""What the tests of the engine share: a small GPT, data, plain torch's run, the engine's run, and comparisons of bits."""
+"""What the tests of the engine share: a small GPT, data, plain runs, engine runs, comparisons of bits."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class TinyGPT(nn.Module):
-    """A causal language model with GPT-2's initialisation (std 0.02), optionally with a tied head and a frozen block."""
+    """A causal language model with GPT-2's initialisation (std 0.02), maybe with a tied head and a frozen block."""
 
     def __init__(
         self,
@@ -247,8 +247,8 @@ def train_both(
 ) -> tuple[nn.Module, Run]:
     """Train `make_model()` in plain torch and through an engine (fp32, SGD with momentum), and require parity.
 
-    SGD, because Adam divides by the gradient: where its true value is zero (the bias of a key or before a norm), Adam makes
-    full steps of rounding noise.
+    SGD, because Adam divides by the gradient: where its true value is zero (the bias of a key or before a norm), Adam
+    makes full steps of rounding noise.
 
     The first loss and first gradients must agree in every bit, also in which parameters have one; later losses to 1e-6
     relative; the weights' difference must be 1e-3 of the update; buffers must agree to 1e-6.
@@ -304,7 +304,7 @@ ALL_NVME = {"param": "nvme", "states": "nvme", "grad": "nvme"}
 
 
 def run_script(folder: Path, source: str, *args: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
-    """Run `source` in an interpreter of its own. The script lies in `folder`: sys.path[0] must not be the project's root."""
+    """Run `source` in an interpreter of its own, from `folder`: sys.path[0] must not be the project's root."""
     script = folder / "script.py"
     script.write_text(source)
     return subprocess.run(

@@ -90,7 +90,7 @@ def without(mode: str) -> Any:
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
 def test_evaluation_between_steps_changes_nothing(kit: SimpleNamespace, settings: dict[str, Any], mode: str) -> None:
-    """Evaluation before, between and inside an accumulation: the same numbers as plain torch, and training as without."""
+    """Evaluation before, between and inside an accumulation: torch's numbers, and training as without."""
     data = kit.batches(4)
     expected = kit.engine_run(kit.TinyGPT(), AdamW(lr=1e-2), OffloadConfig(**FP32, micro_batches=2), data)
     config = OffloadConfig(**FP32, micro_batches=2, **settings)
@@ -198,7 +198,7 @@ def test_autocast(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
 
 
 def test_parameters_compute_in_the_chosen_dtype(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
-    """Parameters are cast to `dtype`, but for `keep_fp32` patterns and what a Hugging Face class declares; buffers stay."""
+    """Parameters are cast to `dtype`, but for `keep_fp32` and what a Hugging Face class declares; buffers stay."""
 
     class Mixed(nn.Module):
         _keep_in_fp32_modules = ("router",)

@@ -36,8 +36,7 @@ class SlowStore:
 
     async def write(self, key: str, piece: int, buffer: Tensor) -> None:
         self.num_begun += 1
-        while not self.gate.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(self.gate.wait, PATIENCE_S)
         self.pieces[key, piece] = buffer.clone()
 
 

@@ -1,4 +1,4 @@
-"""Reading, copying and editing a wrapped module gives real values, or is refused with the mend. Never NaN in silence."""
+"""Reading, copying and editing a wrapped module gives real values or is refused with the mend, never NaN in silence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Memory is a budget: what a process really has resident stays below it, whatever the number of layers.
 
-Each figure comes from a process of its own. The model is a pile of L layers `x + relu(linear(x))` of width C = 1024, one
-unit each: C*C + C parameters, which in bf16 rest in 12 B each (2 parameter + 2 low half + 8 moments) and have a gradient of
-2 B for the length of a step.
+Each figure comes from a process of its own. The model is a pile of L layers `x + relu(linear(x))` of width C = 1024,
+one unit each: C*C + C parameters, which in bf16 rest in 12 B each (2 parameter + 2 low half + 8 moments) and have a
+gradient of 2 B for the length of a step.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def test_states_of_six_budgets_fit(kit: SimpleNamespace, tmp_path: Path, device:
 def test_only_boundaries_grow_with_layers(kit: SimpleNamespace, tmp_path: Path) -> None:
     """L and 4L layers under one budget.
 
-    Outside of the budget lie: the inputs of the unit calls, B*C*2 B per layer in bf16; one unit's temporaries; the result.
-    So from L = 6 to 4L = 24, 18 * 16 * 1024 * 2 B = 576 KiB are due. A leak of one layer's parameters or states would be
-    18 * 2 MiB = 36 MiB at least. 12 MiB are left for Python objects of a layer and for what malloc does not give back.
+    Outside of the budget lie the inputs of the unit calls (B*C*2 B per layer in bf16), one unit's temporaries and the
+    result. So from L = 6 to 4L = 24, 18 * 16 * 1024 * 2 B = 576 KiB are due. A leak of a layer's parameters or states
+    would be 18 * 2 MiB = 36 MiB at least. 12 MiB are left for Python objects and what malloc does not give back.
     """
     budget_nbytes = 36 * MIB
     few = measure(kit, tmp_path / "few", 6, budget_nbytes, steps=3)

@@ -365,7 +365,7 @@ def test_zero_grad_drops_an_unfinished_accumulation(kit: SimpleNamespace, settin
 
 
 def test_plain_torch_loop(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
-    """zero_grad first, `loss.backward()`, `optimizer.step()`: an update is never dropped by the zero_grad that follows."""
+    """zero_grad first, `loss.backward()`, `optimizer.step()`: the zero_grad that follows never drops an update."""
     plain = make()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     train_plain(plain, optimizer)

@@ -1,4 +1,4 @@
-"""Lanes: blocking work in threads of their own, recorded; a cancelled call still owns its buffer until the thread is done."""
+"""Lanes: blocking work in threads of their own; a cancelled call owns its buffer until the thread is done."""
 
 from __future__ import annotations
 

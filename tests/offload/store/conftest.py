@@ -50,7 +50,7 @@ def extents(num_units: int = 2, pieces: tuple[int, ...] = (2 * PAGE, PAGE), scra
                     piece_nbytes=pieces,
                     scratch=kind == "grad",
                     parameters=(f"{unit}.weight", f"{unit}.bias"),
-                )  # fmt: skip
+                )
             )
     return made
 

@@ -113,7 +113,7 @@ async def train(directories: list[Path], board: Board) -> None:
         await store.commit(step, {"step": step})
         board.set(2, step)
         board.set(0, PHASES.index("after"))
-        time.sleep(0.003)
+        await asyncio.sleep(0.003)
 
 
 def child(directories: list[Path], board: Board) -> None:

@@ -108,8 +108,10 @@ def test_reading_what_was_never_written_is_an_error(make, kit):
         kit.run(store.read("blocks.0/param", 1, kit.allocate(kit.PAGE)))
 
 
-@pytest.mark.parametrize(("key", "piece", "nbytes"), [("nope", 0, 4096), ("blocks.0/param", 5, 4096),
-                                                      ("blocks.0/param", -1, 4096), ("blocks.0/param", 0, 4096)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "piece", "nbytes"),
+    [("nope", 0, 4096), ("blocks.0/param", 5, 4096), ("blocks.0/param", -1, 4096), ("blocks.0/param", 0, 4096)],
+)
 def test_wrong_requests_name_what_was_expected(make, kit, key, piece, nbytes):
     store = make(kit.extents(1))
     with pytest.raises(StoreError, match=r"no extent 'nope'|expected (0\.\.1|8192 bytes)"):
@@ -207,7 +209,7 @@ def test_reading_many_pieces_at_once_is_reading_each(make, kit, tmp_path, num_di
         got = kit.allocate(buffer.numel())
         kit.run(store.read(key, piece, got))
         assert torch.equal(got, buffer), (key, piece)
-    [place] = [run for run in store._mover._layout.segments["blocks.1/param"][7]]
+    [place] = store._mover._layout.segments["blocks.1/param"][7]
     path = tmp_path / f"d{place.directory}" / "offload-store" / "unit-blocks.1.slot0"
     with open(path, "r+b") as file:
         file.seek(place.offset)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from offload.scheduler.storage import NoSpace, OffloadIOError, PosixBackend
+from offload.scheduler.storage import MemoryBackend, NoSpace, OffloadIOError, PosixBackend
 from offload.store import Store, StoreBusy, StoreError, StoreExists
+from offload.store.folder import InMemory
 
 
 def test_a_second_engine_is_refused_with_the_pid(make, kit):
@@ -119,7 +120,7 @@ def test_the_same_directory_twice_is_refused(make, kit, tmp_path):
 def test_a_drive_that_is_too_small_is_refused_before_anything_is_written(make, kit, tmp_path):
     exbi = 1 << 58
     with pytest.raises(NoSpace, match=r"cannot reserve \d+ bytes, \d+ bytes are free.*larger drive") as caught:
-        make([*kit.extents(1), *kit.extents(1, (exbi,))[:0], _huge(exbi)])
+        make([*kit.extents(1), _huge(exbi)])
     assert caught.value.needed_nbytes > exbi
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
@@ -129,6 +130,21 @@ def _huge(nbytes):
     from offload.store import Extent
 
     return Extent(key="huge", unit="huge", kind="param", piece_nbytes=(nbytes,))
+
+
+def test_drives_that_are_too_small_one_by_one_are_refused(kit, lanes):
+    """Together there is room, but not for each drive's share."""
+    drives = {}
+
+    def small(root):
+        return drives.setdefault(
+            root, MemoryBackend(root, capacity_nbytes=(40 << 20) if "a" in root.parts else (17 << 20))
+        )
+
+    with pytest.raises(NoSpace) as caught:
+        Store.create(["/a", "/b"], kit.extents(1, (8 << 20,)), kit.IDENTITY, lanes, backend=InMemory(small))
+    assert caught.value.needed_nbytes == (16 << 20) + (12 << 20)
+    assert [drive.names() for drive in drives.values()] == [[], []]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])

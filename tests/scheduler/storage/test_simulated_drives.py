@@ -117,7 +117,7 @@ def test_flush_takes_its_time():
 
 @pytest.mark.parametrize("bad", [{"read_gb_s": 0}, {"write_gb_s": -1}, {"depth": 0}, {"jitter": 1}, {"latency_s": -1}])
 def test_impossible_paces_are_refused(bad):
-    with pytest.raises(ValueError, match="must be|depth >= 1"):
+    with pytest.raises(ValueError, match=r"must be|depth >= 1"):
         Pace(**{"read_gb_s": 1, "write_gb_s": 1, **bad})
 
 
