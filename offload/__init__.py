@@ -1,7 +1,7 @@
 """Train PyTorch models that do not fit: parameters, gradients and states stream across GPU, RAM and NVMe."""
 
 from .config import OffloadConfig
-from .engine import EngineClosed, OffloadEngine
+from .engine import EngineClosed, EngineFailed, OffloadEngine
 from .info import MemoryReport, StepInfo
 from .optimizers import SGD, Adam, AdamW
 from .placeholders import PlaceholderOverwritten
@@ -13,6 +13,7 @@ __all__ = [
     "AdamW",
     "BudgetTooSmall",
     "EngineClosed",
+    "EngineFailed",
     "MemoryReport",
     "OffloadConfig",
     "OffloadEngine",

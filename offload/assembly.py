@@ -6,7 +6,8 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,9 +21,10 @@ from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
 from .scheduler.trace import Trace
-from .sizes import parse_size
 from .store import Extent, Store
 from .units import ParameterInfo, Partition, collect_parameters, partition
+
+SCRATCH_FOLDER = "offload-scratch"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -44,6 +46,7 @@ class Assembly:
     homes: Sequence[dict[str, Home]]
     resting: Sequence[Tensor | None]
     store: Store | None
+    scratch: Store | None
     leases: list[Lease]
 
     @property
@@ -52,8 +55,9 @@ class Assembly:
 
     def close(self) -> None:
         self.lanes.close()
-        if self.store is not None:
-            self.store.close()
+        for store in (self.store, self.scratch):
+            if store is not None:
+                store.close()
         for lease in self.leases:
             lease.release()
         self.leases.clear()
@@ -84,11 +88,10 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
             "host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison
         )
         slots = stage if device.one_memory else Pool("device_memory", plan.device_nbytes, device.allocate, None, poison)
-        store = _open_store(config, list(_extents(layouts, plan, config.commit_interval)), parameters, spec, lanes)
-        if store is not None:
-            undo.callback(store.close)
+        extents = list(_extents(layouts, plan, config.commit_interval))
+        store, scratch = _open_stores(config, extents, _identity(parameters, spec), lanes, undo)
         leases: list[Lease] = []
-        homes, resting = _make_homes(layouts, plan, rest, store, leases)
+        homes, resting = _make_homes(layouts, plan, rest, store, scratch, leases)
         undo.pop_all()
     return Assembly(
         config=config,
@@ -106,6 +109,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
         homes=homes,
         resting=resting,
         store=store,
+        scratch=scratch,
         leases=leases,
     )
 
@@ -153,31 +157,58 @@ def _poison(buffer: Tensor) -> None:
     buffer.fill_(0xFF)
 
 
-def _open_store(
+def _open_stores(
     config: OffloadConfig,
     extents: Sequence[Extent],
-    parameters: Sequence[ParameterInfo],
-    spec: OptimizerSpec,
+    identity: dict[str, Any],
     lanes: Lanes,
+    undo: contextlib.ExitStack,
+) -> tuple[Store | None, Store | None]:
+    """The store, and the one for scratch (gradients), which no step needs after it: one and the same unless steps are
+    to survive. Apart from each other, a run may resume under a plan that spills other gradients, or none."""
+    directories = config.nvme_directories
+    for directory in directories:
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"nvme directory {directory} is a file; name a directory on a drive")
+    if config.commit_interval is None:
+        store = _create(config, directories, extents, identity, lanes, undo, "none")
+        return store, store
+    kept = [extent for extent in extents if not extent.scratch]
+    if config.resume:
+        store = Store.reopen(
+            directories, kept, identity, lanes, verify=config.verify, rated_nbytes=config.rated_endurance_nbytes
+        )
+        undo.callback(store.close)
+    else:
+        store = _create(config, directories, kept, identity, lanes, undo, config.durability)
+    spilled = [extent for extent in extents if extent.scratch]
+    folders = [directory / SCRATCH_FOLDER for directory in directories]
+    return store, _create(config, folders, spilled, identity, lanes, undo, "none")
+
+
+def _create(
+    config: OffloadConfig,
+    directories: Sequence[Path],
+    extents: Sequence[Extent],
+    identity: dict[str, Any],
+    lanes: Lanes,
+    undo: contextlib.ExitStack,
+    durability: Literal["step", "none"] | int,
 ) -> Store | None:
     if not extents:
         return None
-    identity = _identity(parameters, spec)
-    rated_nbytes = None if config.rated_endurance is None else parse_size(config.rated_endurance, "rated_endurance")
-    if config.resume:
-        return Store.reopen(
-            config.nvme_directories, extents, identity, lanes, verify=config.verify, rated_nbytes=rated_nbytes
-        )
-    return Store.create(
-        config.nvme_directories,
+    store = Store.create(
+        directories,
         extents,
         identity,
         lanes,
-        durability=config.durability,
+        durability=durability,
         verify=config.verify,
         overwrite=config.overwrite,
-        rated_nbytes=rated_nbytes,
+        rated_nbytes=config.rated_endurance_nbytes,
     )
+    undo.callback(store.close)
+    return store
 
 
 def _extents(layouts: Sequence[UnitLayout], plan: Plan, commit_interval: int | None) -> Iterator[Extent]:
@@ -198,7 +229,12 @@ def _extents(layouts: Sequence[UnitLayout], plan: Plan, commit_interval: int | N
 
 
 def _make_homes(
-    layouts: Sequence[UnitLayout], plan: Plan, rest: Pool, store: Store | None, leases: list[Lease]
+    layouts: Sequence[UnitLayout],
+    plan: Plan,
+    rest: Pool,
+    store: Store | None,
+    scratch: Store | None,
+    leases: list[Lease],
 ) -> tuple[list[dict[str, Home]], list[Tensor | None]]:
     """A home for every (unit, kind), and each unit's staged form where that rests in host memory."""
     all_homes: list[dict[str, Home]] = []
@@ -219,7 +255,16 @@ def _make_homes(
                     buffers["frozen"] = staged[layout.nbytes("param") :]
         resting.append(staged)
         all_homes.append(
-            {kind: Home(name, kind, layout.pieces[kind], buffer=buffers.get(kind), store=store) for kind in KINDS}
+            {
+                kind: Home(
+                    name,
+                    kind,
+                    layout.pieces[kind],
+                    buffer=buffers.get(kind),
+                    store=scratch if kind == "grad" else store,
+                )
+                for kind in KINDS
+            }
         )
     return all_homes, resting
 

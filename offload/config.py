@@ -110,6 +110,10 @@ class OffloadConfig:
         return 1 if self.durability == "step" else int(self.durability)
 
     @property
+    def rated_endurance_nbytes(self) -> int | None:
+        return None if self.rated_endurance is None else parse_size(self.rated_endurance, "rated_endurance")
+
+    @property
     def nvme_directories(self) -> tuple[Path, ...]:
         """The NVMe directories as paths; empty without an NVMe tier."""
         if self.nvme is None:

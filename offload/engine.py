@@ -33,7 +33,7 @@ from .residency import Residency
 from .runtime import CallRuntime
 from .scheduler.loop import LoopThread
 from .scheduler.trace import Wait, busy_s, exposed_s, moved_nbytes
-from .step import Stepper, clip_factor
+from .step import Stepper, UpdateInterrupted, clip_factor
 from .units import CallSite
 from .usage import ComputeRecord
 from .values import Values
@@ -43,6 +43,10 @@ _open_engines: weakref.WeakSet[OffloadEngine] = weakref.WeakSet()
 
 class EngineClosed(RuntimeError):
     """The engine was used after `close()`."""
+
+
+class EngineFailed(RuntimeError):
+    """An update broke off midway; only the committed step in the store is whole."""
 
 
 class OffloadEngine:
@@ -129,6 +133,7 @@ class OffloadEngine:
         self.optimizer = EngineOptimizer(self, optimizer, parts.groups)
         self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
         self._log = self._open_log()
+        self._failure: BaseException | None = None
         self._grad_scale = 1.0
         self._loss: Tensor | None = None
         self._tokens: int | None = 0
@@ -235,13 +240,7 @@ class OffloadEngine:
         loss = None if self._loss is None else float(self._loss)
         wait_from_s = time.perf_counter()
         decision = self._stepper.decide(self._grad_scale, self.config.clip_grad_norm, loss)
-        if not decision.skipped:
-            if self._log is not None:
-                self._log.wait()
-            updated = self._stepper.update(self.optimizer.param_groups, decision.grad_scale)
-            self._guards.values_changed()
-            if self._log is not None:
-                self._log.changed(updated)
+        interrupt = None if decision.skipped else self._update(decision.grad_scale)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
         now_s = time.perf_counter()
         self._trace.add_wait(Wait(wait_from_s, now_s, "step"))
@@ -251,7 +250,26 @@ class OffloadEngine:
         if self._log is not None:
             self._log.stage(self._step, self._state.capture(self._step))
         self._residency.ask_prefetch()
+        if interrupt is not None:
+            raise interrupt
         return info
+
+    def _update(self, grad_scale: float) -> UpdateInterrupted | None:
+        """Update all units. An interrupt is given back, to be raised when the step has been booked."""
+        interrupt = None
+        if self._log is not None:
+            self._log.wait()
+        try:
+            updated = self._stepper.update(self.optimizer.param_groups, grad_scale)
+        except UpdateInterrupted as error:
+            interrupt, updated = error, error.units
+        except BaseException as error:
+            self._failure = error
+            raise
+        self._guards.values_changed()
+        if self._log is not None:
+            self._log.changed(updated)
+        return interrupt
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated since the last step (`optimizer.zero_grad()`); also mends a failed backward."""
@@ -362,7 +380,7 @@ class OffloadEngine:
             return
         self._runtime.look_for_failed_backward()
         try:
-            if not self._runtime.computing:
+            if not self._runtime.computing and self._failure is None:
                 self._flush()
         finally:
             self._closed = True
@@ -383,6 +401,12 @@ class OffloadEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed; build a new OffloadEngine to go on")
+        if self._failure is not None:
+            raise EngineFailed(
+                f"an update failed midway ({type(self._failure).__name__}: {self._failure}), so parameters and states are "
+                "of two different steps; close the engine, mend the cause, and go on from the last committed step "
+                "with OffloadConfig(resume=True)"
+            ) from self._failure
 
     def _enter(self) -> None:
         """Every way in: the staged step is completed by what the user's loop did since, and committed."""

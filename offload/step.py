@@ -33,6 +33,14 @@ class Decision:
     skipped: bool
 
 
+class UpdateInterrupted(KeyboardInterrupt):
+    """Ctrl-C came during an update, which is whole all the same; `units` are those that it changed."""
+
+    def __init__(self, units: list[int]) -> None:
+        super().__init__()
+        self.units = units
+
+
 def clip_factor(norm: float, max_norm: float) -> float:
     """min(1, max_norm / (norm + 1e-6)), as torch clips."""
     return min(1.0, max_norm / (norm + CLIP_EPS))
@@ -80,14 +88,22 @@ class Stepper:
         return Decision(norm, grad_scale, not finite)
 
     def update(self, groups: Sequence[dict[str, object]], grad_scale: float) -> list[int]:
-        """Update every unit that has a gradient and return which. Blocks until all is written back."""
+        """Update every unit that has a gradient and return which. Blocks until all is written back.
+
+        An interrupt from the keyboard is raised once the update is whole: half of one could not be gone on from.
+        """
         scalars = self._scalars(groups)
         work = []
         for layout in self._layouts:
             mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
             if mine:
                 work.append((layout, UnitUpdate(self._spec, layout, mine, grad_scale)))
-        self._loop.run(self._run(work))
+        future = self._loop.submit(self._run(work))
+        try:
+            future.result()
+        except KeyboardInterrupt:
+            future.result()
+            raise UpdateInterrupted([layout.unit.index for layout, _ in work]) from None
         return [layout.unit.index for layout, _ in work]
 
     def _scalars(self, groups: Sequence[dict[str, object]]) -> dict[nn.Parameter, Scalars]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..lanes import Lane
-from .tracked import Tracked
 
 T = TypeVar("T")
 
@@ -94,13 +93,9 @@ class DriveQueue:
             loop.call_soon_threadsafe(self._leave, ticket)
             return after(result)
 
-        tracked = Tracked(serve)
         try:
-            return await lane.run(tracked, *args, unit=unit, kind=kind, nbytes=nbytes)
-        except asyncio.CancelledError:
-            # A thread that has begun cannot be called back. Ending before it would give its buffer to somebody else.
-            await tracked.settled()
-            raise
+            # Even when cancelled this ends only with its thread: the buffer and the place are in use until then.
+            return await lane.run(serve, *args, unit=unit, kind=kind, nbytes=nbytes)
         finally:
             self._leave(ticket)
 
