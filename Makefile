@@ -35,7 +35,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml setup.py $(wildca
 
 run: setup
 	@mkdir -p $(LOCAL)/run
-	$(BIN)/offload train --model small --steps 60 --batch 8 --seq 128 --lr 5e-4 --host-memory 192MiB --nvme $(LOCAL)/run $(ARGS)
+	$(BIN)/offload train --model small --steps 60 --batch 8 --seq 128 --lr 5e-4 --host-memory 192MiB --nvme $(LOCAL)/run --overwrite $(ARGS)
 
 test: setup
 	@echo "[+] running tests marked neither slow nor gpu"

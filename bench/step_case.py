@@ -48,6 +48,8 @@ class StepCase:
     device: str
     nvme: str | None
     host_memory: str | int
+    durability: str
+    verify: bool
     seed: int = 0
 
 
@@ -115,6 +117,8 @@ def _run_engine(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float]
         host_memory=case.host_memory,
         dtype=getattr(torch, case.dtype),
         homes=HOMES[case.case],
+        durability=int(case.durability) if case.durability.isdigit() else case.durability,  # type: ignore[arg-type]
+        verify=case.verify,
     )
     with OffloadEngine(model, AdamW(lr=LR, weight_decay=WEIGHT_DECAY), config) as engine:
 

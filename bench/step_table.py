@@ -33,6 +33,8 @@ class StepTable:
     device: str = "auto"
     nvme: Path = Path()
     host_memory: str | int = "auto"
+    durability: str = "step"
+    verify: bool = True
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases if case not in CASES]
@@ -63,13 +65,13 @@ class Row:
     last_loss: float
 
 
-def expected_nbytes(case: str, dtype: str) -> tuple[int, int]:
+def expected_nbytes(case: str, dtype: str, durability: str = "none") -> tuple[int, int]:
     """NVMe bytes (read, written) per parameter and step that the placement of `case` asks for.
 
     With 16-bit parameters and the split master: states are low half 2 + moments 8, read and written once. Parameters
     on NVMe are read for forward and again for backward, where the update reuses them, and written once: + 4 and + 2.
     A gradient on NVMe is written and read once in the parameter's dtype. With float32 parameters the master is the
-    parameter, so states are 8 and every 2 becomes 4.
+    parameter, so states are 8 and every 2 becomes 4. With durability "step" what rests in host memory is written too.
     """
     homes = HOMES.get(case, {})
     width, states = (2, 10) if dtype == "bfloat16" else (4, 8)
@@ -80,6 +82,8 @@ def expected_nbytes(case: str, dtype: str) -> tuple[int, int]:
         read, write = read + 2 * width, write + width
     if homes.get("grad") == "nvme":
         read, write = read + width, write + width
+    if durability != "none" and "nvme" in homes.values():
+        write += states * (homes["states"] == "host") + width * (homes["param"] == "host")
     return read, write
 
 
@@ -112,6 +116,8 @@ def _run_alone(table: StepTable, case: str) -> StepResult:
             device=table.device,
             nvme=folder if "nvme" in HOMES.get(case, {}).values() else None,
             host_memory=table.host_memory,
+            durability=table.durability,
+            verify=table.verify,
         )
         command = [sys.executable, "-P", "-m", "offload.bench.step_case", json.dumps(asdict(wanted))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -132,7 +138,7 @@ def _row(table: StepTable, case: str, results: list[StepResult], plain_s: float)
     num_parameters = own[0].num_parameters
     reads = [nbytes for result in own for nbytes in result.read_nbytes]
     writes = [nbytes for result in own for nbytes in result.write_nbytes]
-    expected_read, expected_write = expected_nbytes(case, table.dtype)
+    expected_read, expected_write = expected_nbytes(case, table.dtype, table.durability)
     return Row(
         case=case,
         label=CASES[case],

@@ -142,6 +142,19 @@ def train(options: TrainOptions, on_step: Callable[[Progress], None], on_phase: 
         return run.report(before, after, run.sample(), history)
 
 
+class Draws:
+    """The generator that picks windows of text, in a form that a commit can keep."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+
+
 class _Run:
     """One engine and the text it learns from."""
 
@@ -151,9 +164,13 @@ class _Run:
         self.corpus = corpus
         self.baseline_nbytes = baseline_nbytes
         self.device = next(engine.module.parameters()).device
-        self.draws = torch.Generator().manual_seed(options.seed)
+        self.draws = Draws(options.seed)
         factor = cosine_with_warm_up(options.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, factor)
+        self.first_step = engine.steps_done
+        if self.first_step >= options.steps:
+            raise ValueError(f"--steps is {options.steps}, but {self.first_step} steps are done already. Pass more.")
+        engine.track(self.schedule, self.draws)
 
     def _batch(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         windows = windows.to(self.device)
@@ -175,7 +192,7 @@ class _Run:
 
     def steps(self, on_step: Callable[[Progress], None]) -> list[tuple[StepInfo, float]]:
         history = []
-        for _ in range(self.options.steps):
+        for _ in range(self.first_step, self.options.steps):
             began = time.perf_counter()
             info, loss = self._step()
             seconds = time.perf_counter() - began
@@ -188,7 +205,7 @@ class _Run:
         micro_batches = options.config.micro_batches
         losses = []
         for _ in range(micro_batches):
-            windows = self.corpus.windows(self.draws, batch=options.batch, seq=options.seq)
+            windows = self.corpus.windows(self.draws.generator, batch=options.batch, seq=options.seq)
             loss = self.engine(*self._batch(windows)) / micro_batches
             self.engine.backward(loss)
             losses.append(loss.detach())

@@ -8,20 +8,33 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_flat(**tensors: Tensor) -> int:
-    """Raise ValueError unless all are 1-D, contiguous, of one length and on one device; returns the length."""
-    (first_name, first), *_ = tensors.items()
+def check_flat(**tensors: Tensor | None) -> int:
+    """Raise ValueError unless all are 1-D, contiguous, of one length and on one device; returns the length.
+
+    None is passed over. The first tensor sets the length and the device. Kernels are called for every chunk, so what
+    is right costs three attributes per tensor, and only what is wrong is looked at closely.
+    """
+    first: Tensor | None = None
     for name, tensor in tensors.items():
-        if tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; expected a contiguous 1-D tensor. "
-                "Pass a slice of the flat buffer, or view(-1)."
-            )
-        if tensor.numel() != first.numel():
-            raise ValueError(f"{name} has {tensor.numel()} elements, {first_name} has {first.numel()}; expected equal.")
-        if tensor.device != first.device:
-            raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}; expected one device.")
+        if tensor is None:
+            continue
+        if first is None:
+            first, shape, device = tensor, tensor.shape, tensor.device
+        if tensor.shape != shape or tensor.device != device or len(shape) != 1 or not tensor.is_contiguous():
+            _complain(name, tensor, next(iter(tensors)), first)
+    assert first is not None
     return first.numel()
+
+
+def _complain(name: str, tensor: Tensor, first_name: str, first: Tensor) -> None:
+    if tensor.dim() != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; expected a contiguous 1-D tensor. "
+            "Pass a slice of the flat buffer, or view(-1)."
+        )
+    if tensor.numel() != first.numel():
+        raise ValueError(f"{name} has {tensor.numel()} elements, {first_name} has {first.numel()}; expected equal.")
+    raise ValueError(f"{name} is on {tensor.device}, {first_name} on {first.device}; expected one device.")
 
 
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:

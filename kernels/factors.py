@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def float32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
+@lru_cache(maxsize=256)  # the chunks of a range come one after the other with the same scalars
 def adam_factors(scalars: AdamScalars, grad_scale: float) -> AdamFactors:
     """The factors of one Adam update whose gradient is to be multiplied by `grad_scale` first."""
     bias1 = 1.0 - scalars.beta1**scalars.step
@@ -108,6 +110,7 @@ def adam_factors(scalars: AdamScalars, grad_scale: float) -> AdamFactors:
     )
 
 
+@lru_cache(maxsize=256)
 def sgd_factors(scalars: SgdScalars, grad_scale: float) -> SgdFactors:
     """The factors of one SGD update whose gradient is to be multiplied by `grad_scale` first."""
     scale = float32(grad_scale)

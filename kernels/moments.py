@@ -106,8 +106,7 @@ def adam_8bit_(
 
 
 def _check(param: Tensor, low: Tensor | None, grad: Tensor, **moments: Tensor) -> int:
-    tensors = {"param": param, "grad": grad, **moments}
-    n = check_flat(**tensors) if low is None else check_flat(**tensors, low=low)
+    n = check_flat(param=param, low=low, grad=grad, **moments)
     check_master(param, low)
     check_dtype("grad", grad, *FLOATS)
     return n

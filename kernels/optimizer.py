@@ -51,8 +51,7 @@ def adam_(
         grad_scale: multiplies the gradient first, as float32 (unscale times clip factor).
     Raises: ValueError for other dtypes, lengths, layouts or devices.
     """
-    tensors = {"param": param, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "grad": grad}
-    n = check_flat(**tensors) if low is None else check_flat(**tensors, low=low)
+    n = check_flat(param=param, low=low, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad)
     check_master(param, low)
     check_dtype("exp_avg", exp_avg, torch.float32)
     check_dtype("exp_avg_sq", exp_avg_sq, torch.float32)
@@ -86,10 +85,7 @@ def sgd_(
         momentum_buffer: [n] fp32; None exactly when momentum is 0. Its content is not read when `scalars.first`.
     Raises: ValueError for other dtypes, lengths, layouts or devices, or a missing momentum buffer.
     """
-    tensors = {"param": param, "grad": grad}
-    tensors |= {} if low is None else {"low": low}
-    tensors |= {} if momentum_buffer is None else {"momentum_buffer": momentum_buffer}
-    n = check_flat(**tensors)
+    n = check_flat(param=param, low=low, momentum_buffer=momentum_buffer, grad=grad)
     check_master(param, low)
     check_dtype("grad", grad, *FLOATS)
     if momentum_buffer is not None:

@@ -79,7 +79,7 @@ def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float
 
 
 def _check(param: Tensor, low: Tensor | None, grad: Tensor) -> int:
-    n = check_flat(param=param, grad=grad) if low is None else check_flat(param=param, low=low, grad=grad)
+    n = check_flat(param=param, low=low, grad=grad)
     check_master(param, low)
     check_dtype("grad", grad, *FLOATS)
     return n

@@ -403,8 +403,8 @@ class OffloadEngine:
             raise EngineClosed("the engine is closed; build a new OffloadEngine to go on")
         if self._failure is not None:
             raise EngineFailed(
-                f"an update failed midway ({type(self._failure).__name__}: {self._failure}), so parameters and states are "
-                "of two different steps; close the engine, mend the cause, and go on from the last committed step "
+                f"an update failed midway ({type(self._failure).__name__}: {self._failure}), so parameters and states "
+                "are of two different steps; close the engine, mend the cause, and go on from the last committed step "
                 "with OffloadConfig(resume=True)"
             ) from self._failure
 

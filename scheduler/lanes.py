@@ -35,11 +35,13 @@ class Lane:
         that the thread still reads or writes.
         """
         job = self._executor.submit(self._timed, time.perf_counter(), unit, kind, nbytes, work, args)
+        result = asyncio.wrap_future(job)
         try:
-            return await asyncio.shield(asyncio.wrap_future(job))
+            return await asyncio.shield(result)
         except asyncio.CancelledError:
             if not job.cancel():
                 await _until_done(job)
+            result.add_done_callback(_retrieve)
             raise
 
     def _timed(
@@ -54,6 +56,12 @@ class Lane:
     def close(self) -> None:
         """Wait for calls in service and end the threads."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _retrieve(result: asyncio.Future[T]) -> None:
+    """Look at the outcome of a call whose caller has gone, else asyncio reports it as forgotten."""
+    if not result.cancelled():
+        result.exception()
 
 
 async def _until_done(job: Future[T]) -> None:

@@ -122,8 +122,8 @@ class Pool:
                 buffer = self._allocate(nbytes)
             except BaseException:
                 with self._lock:
-                    self._leased_nbytes -= nbytes
-                    self._holders[holder] -= 1
+                    self._forget(nbytes, holder)
+                self._wake_waiters()
                 raise
         return Lease(self, buffer, holder)
 
@@ -150,12 +150,20 @@ class Pool:
         if self._poison is not None:
             self._poison(lease.buffer)
         with self._lock:
-            self._leased_nbytes -= lease.nbytes
-            self._holders[lease.holder] -= 1
-            if not self._holders[lease.holder]:
-                del self._holders[lease.holder]
+            self._forget(lease.nbytes, lease.holder)
             self._warm.setdefault(lease.nbytes, []).append(lease.buffer)
             self._warm_nbytes += lease.nbytes
+        self._wake_waiters()
+
+    def _forget(self, nbytes: int, holder: str) -> None:
+        """Count a lease as over. Called under the lock."""
+        self._leased_nbytes -= nbytes
+        self._holders[holder] -= 1
+        if not self._holders[holder]:
+            del self._holders[holder]
+
+    def _wake_waiters(self) -> None:
+        with self._lock:
             waiters, self._waiters = self._waiters, []
         for loop, future in waiters:
             loop.call_soon_threadsafe(_wake, future)

@@ -39,6 +39,11 @@ def norm_limit(value: str) -> float | None:
     return None if value == "0" else positive(value)
 
 
+def durability(value: str) -> str | int:
+    """An argparse type: digits are an interval in steps; words are for the configuration to judge."""
+    return int(value) if value.isdecimal() else value
+
+
 def memory_size(value: str) -> str | int:
     """An argparse type: whole digits are bytes; the rest ("8GiB", "auto") is for the configuration to judge."""
     return int(value) if value.isdecimal() else value

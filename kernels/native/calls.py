@@ -6,6 +6,7 @@ Same signatures and same bits as the modules of `reference`; the arguments were 
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -119,6 +120,7 @@ def _pair(target: Tensor, source: Tensor) -> tuple[int, int, int, int, int]:
     return *codes, target.numel(), target.data_ptr(), source.data_ptr()
 
 
+@lru_cache(maxsize=256)  # only read by the C side, so one struct may serve several threads
 def _adam_struct(factors: AdamFactors) -> AdamStruct:
     return AdamStruct(
         factors.grad_scale,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ def block_size(device: torch.device) -> int:
     return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
 
 
-def blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """The corresponding blocks of tensors of equal length, in order; None stays None."""
+def blocks(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The corresponding blocks of tensors of equal length, in order: a Tensor for each Tensor, None for None."""
     first = next(tensor for tensor in tensors if tensor is not None)
     size = block_size(first.device)
     cut = [None if tensor is None else tensor.split(size) for tensor in tensors]
@@ -38,7 +39,7 @@ def scratch(role: str, like: Tensor, dtype: torch.dtype = torch.float32, numel: 
 
     It belongs to the calling thread until the next call with the same role.
     """
-    store: dict[tuple[str, torch.device, torch.dtype], Tensor] = _local.__dict__
+    store: dict[Any, Tensor] = _local.__dict__
     key = (role, like.device, dtype)
     if key not in store:
         store[key] = torch.empty(block_size(like.device), dtype=dtype, device=like.device)

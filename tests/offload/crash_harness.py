@@ -1,7 +1,8 @@
 """Kills training at random moments and compares what re-opens with an uninterrupted run, bit by bit.
 
 `python -P crash_harness.py NUM_KILLS SEED FOLDER` prints one JSON line. Children are forked from this process,
-which has imported torch and computed nothing (torch's thread pools do not survive a fork). Each kill aims at one phase, in turn:
+which has imported torch and computed nothing (torch's thread pools do not survive a fork). Each kill aims at one
+phase, in turn:
 
     fetch   a read from the store is in service
     write   an update's or a copy's write is in service

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import add_json, check_writable, count, memory_size, norm_limit, positive, write_json
+from ..arguments import add_json, check_writable, count, durability, memory_size, norm_limit, positive, write_json
 
 if TYPE_CHECKING:
     from offload import OffloadConfig
@@ -25,6 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nvme", action="append", metavar="DIR", help="folder on a drive; repeat for more drives; none: no NVMe tier"
     )
+    parser.add_argument(
+        "--durability", type=durability, default="step", help='what survives a crash: "step" (default), N, or "none"'
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last committed step in --nvme")
+    parser.add_argument("--overwrite", action="store_true", help="discard a run in --nvme that could be resumed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... or fake")
     parser.add_argument(
         "--dtype",
@@ -99,4 +104,7 @@ def _config(arguments: argparse.Namespace) -> "OffloadConfig":
         dtype=getattr(torch, name),
         micro_batches=arguments.micro_batches,
         clip_grad_norm=arguments.clip,
+        durability=arguments.durability,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
     )

@@ -24,4 +24,4 @@ def test_every_kill_leaves_a_committed_step(tmp_path, num_kills, seed, capsys):
     assert sum(report["hits"].values()) == num_kills + 1
     assert min(report["hits"].values()) >= num_kills // 10
     assert report["found"][1:] == sorted(report["found"][1:])
-    assert report["found"][-1] >= num_kills // 4
+    assert report["found"][-1] >= num_kills // 8  # the run went on between the kills

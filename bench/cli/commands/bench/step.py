@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--host-memory", type=memory_size, default="auto", metavar="SIZE")
     parser.add_argument("--nvme", type=Path, default=Path(), metavar="DIR", help="an existing folder (default: .)")
+    parser.add_argument("--durability", default="step", help='"step" (default), "none", or N for every N-th step')
+    parser.add_argument("--no-verify", action="store_true", help="do not compare checksums of what is read")
     parser.add_argument("--cases", default="plain,memory,states-nvme,nvme", help="also plain-recompute")
     add_json(parser)
 
@@ -48,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         nvme=arguments.nvme,
         host_memory=arguments.host_memory,
+        durability=arguments.durability,
+        verify=not arguments.no_verify,
     )
     progress = Console(stderr=True)
     rows, results = measure(table, lambda line: progress.print(line, markup=False, highlight=False))
@@ -75,6 +79,7 @@ def lines(table: "StepTable", rows: "list[Row]", machine: "Machine") -> list[str
         f"# {table.model}, {table.dtype}, batch {table.batch} x {table.seq}; {table.rounds} rounds in turns of "
         f"{table.warm_up} warm-up + {table.steps} timed steps, each case its own process; median [p20, p80]"
     )
+    head.append(f"# durability {table.durability}, checksums {'compared' if table.verify else 'not compared'} on read")
     head.append("# the engine recomputes every block in backward; plain torch does not unless the row says so")
     head.append("| case | tokens/s | of plain | step s | waiting | NVMe B/param: read, written | expected | peak RSS |")
     head.append("|---|---|---|---|---|---|---|---|")
