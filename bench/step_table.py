@@ -97,13 +97,13 @@ def measure(table: StepTable, on_case: Callable[[str], None]) -> tuple[list[Row]
     for round_ in range(table.rounds):
         for case in table.cases:
             on_case(f"round {round_ + 1} of {table.rounds}: {CASES[case]}")
-            results.append(_run_alone(table, case))
+            results.append(run_alone(table, case))
     medians = {case: float(numpy.median(_all_steps(results, case))) for case in table.cases}
     reference_s = medians.get("plain", medians[table.cases[0]])
     return [_row(table, case, results, reference_s) for case in table.cases], results
 
 
-def _run_alone(table: StepTable, case: str) -> StepResult:
+def run_alone(table: StepTable, case: str) -> StepResult:
     with tempfile.TemporaryDirectory(dir=table.nvme, prefix=f"step-{case}-") as folder:
         wanted = StepCase(
             case=case,

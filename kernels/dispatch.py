@@ -1,7 +1,7 @@
 """Which implementation runs: native C or plain torch for CPU tensors, Triton or plain torch for the others.
 
 The choice is one per process, not one per thread: the kernels are called from executor threads that must follow what
-the main thread asked for. `OFFLOAD_KERNELS=reference|native` in the environment forces it.
+the main thread asked for. `OFFLOAD_KERNELS=reference|native` in the environment forces it; it is read at first use.
 """
 
 from __future__ import annotations
@@ -84,7 +84,12 @@ def uses_triton(device: torch.device) -> bool:
 
 
 def _wanted() -> str:
-    wanted = _forced or os.environ.get("OFFLOAD_KERNELS") or "auto"
+    return _forced or _from_environment()
+
+
+@cache  # read once: a look into the environment would cost as much as the rest of a call
+def _from_environment() -> str:
+    wanted = os.environ.get("OFFLOAD_KERNELS") or "auto"
     if wanted not in _NAMES:
         raise ValueError(f"OFFLOAD_KERNELS is {wanted!r}; expected one of {', '.join(_NAMES)}.")
     return wanted

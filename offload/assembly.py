@@ -25,6 +25,7 @@ from .store import Extent, Store
 from .units import ParameterInfo, Partition, collect_parameters, partition
 
 SCRATCH_FOLDER = "offload-scratch"
+IO_THREADS_PER_DIRECTORY = 4  # with 8 MiB requests they reach the best native queue of a virtual drive
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,7 +77,11 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     host_nbytes = config.host_budget_nbytes()
     device_nbytes = config.device_budget_nbytes(device)
     parts, layouts, plan = _plan(module, parameters, spec, config, device, host_nbytes, device_nbytes)
-    lanes = Lanes(Trace(), num_cpu_threads=max(1, os.cpu_count() or 1))
+    lanes = Lanes(
+        Trace(),
+        num_io_threads=IO_THREADS_PER_DIRECTORY * max(1, len(config.nvme_directories)),
+        num_cpu_threads=max(1, os.cpu_count() or 1),
+    )
     with contextlib.ExitStack() as undo:
         undo.callback(lanes.close)
         poison = _poison if device.poison() else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from .homes import Home, gather_all
 from .layout import KINDS, UnitLayout
 from .scheduler.devices import Device
 from .scheduler.loop import LoopThread
+from .scheduler.storage import NEEDED_AT_COMMIT
 from .store import Store
 from .units import ParameterInfo
 from .values import persistent_buffers
@@ -99,11 +101,17 @@ class CommitLog:
                 future.result()
         self._committing = None
 
+    def settle(self) -> None:
+        """Block until nothing is under way, whatever came of it: a commit that is cut off would break the store."""
+        for future in (self._copying, self._committing):
+            if future is not None:
+                concurrent.futures.wait([future])
+
     async def _copy_resting(self, units: Sequence[int]) -> None:
         """Write to the store what these units keep in host memory, one unit after the other."""
         for unit in units:
             await gather_all(
-                self._store.write(home.key, index, home.piece(index))
+                self._store.write(home.key, index, home.piece(index), needed=NEEDED_AT_COMMIT)
                 for kind in COMMITTED_KINDS
                 if (home := self._homes[unit][kind]).buffer is not None
                 for index in range(len(home.piece_nbytes))

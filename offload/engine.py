@@ -387,6 +387,8 @@ class OffloadEngine:
             _open_engines.discard(self)
             self._bindings.close()
             self._runtime.detach()
+            if self._log is not None:
+                self._log.settle()
             try:
                 self._loop.close()
             finally:

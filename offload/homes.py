@@ -12,12 +12,13 @@ from torch import Tensor
 from .layout import KINDS, Chunk, ChunkArrays, UnitLayout
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Pool
+from .scheduler.storage import NEEDED_SOON
 
 
 class PieceStore(Protocol):
     """The part of the store that moves bytes; see `offload.store.Store`."""
 
-    async def read(self, key: str, piece: int, buffer: Tensor) -> None: ...
+    async def read(self, key: str, piece: int, buffer: Tensor, *, needed: int = NEEDED_SOON) -> None: ...
     async def write(self, key: str, piece: int, buffer: Tensor) -> None: ...
 
 
@@ -55,19 +56,19 @@ class Home:
         assert source is not None
         return source[self._offsets[index] : self._offsets[index + 1]]
 
-    async def read(self, index: int, into: Tensor) -> None:
-        """Fill `into` with piece `index`. Only for a home in the store."""
+    async def read(self, index: int, into: Tensor, needed: int = NEEDED_SOON) -> None:
+        """Fill `into` with piece `index`. Only for a home in the store. `needed` orders the queue of its drive."""
         assert self._store is not None
-        await self._store.read(self.key, index, into)
+        await self._store.read(self.key, index, into, needed=needed)
 
     async def write(self, index: int, source: Tensor) -> None:
         """Write piece `index`. Only for a home in the store; `source` stays unchanged until this returns."""
         assert self._store is not None
         await self._store.write(self.key, index, source)
 
-    async def read_all(self, into: Tensor) -> None:
+    async def read_all(self, into: Tensor, needed: int = NEEDED_SOON) -> None:
         """Fill `into` (uint8, at least [nbytes]) with the whole range. Only for a home in the store."""
-        await gather_all(self.read(i, self.piece(i, into)) for i in range(len(self.piece_nbytes)))
+        await gather_all(self.read(i, self.piece(i, into), needed) for i in range(len(self.piece_nbytes)))
 
     async def write_all(self, source: Tensor) -> None:
         """Write the whole range from `source`. Only for a home in the store."""

@@ -17,6 +17,7 @@ from .scheduler.devices import Device, Event
 from .scheduler.lanes import Lanes
 from .scheduler.loop import LoopThread
 from .scheduler.pool import BudgetExceeded, Lease, Pool
+from .scheduler.storage import NEEDED_NOW, NEEDED_SOON
 from .scheduler.trace import Wait
 from .units import Unit
 
@@ -166,7 +167,7 @@ class Residency:
                     if lease is not None:  # somebody else fetched it while this one waited for room
                         lease.release()
                     continue
-                task = self._start_fetch(unit, lease)
+                task = self._start_fetch(unit, lease, NEEDED_NOW)
             await asyncio.shield(task)
 
     async def make_room(self, nbytes: int, holder: str) -> Lease:
@@ -202,12 +203,12 @@ class Residency:
     def _rests_in_place(self, unit: Unit) -> bool:
         return self._device.one_memory and self._resting[unit.index] is not None
 
-    def _start_fetch(self, unit: Unit, lease: Lease | None) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._fetch(unit, lease))
+    def _start_fetch(self, unit: Unit, lease: Lease | None, needed: int) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(self._fetch(unit, lease, needed))
         self._fetching[unit.index] = task
         return task
 
-    async def _fetch(self, unit: Unit, lease: Lease | None) -> None:
+    async def _fetch(self, unit: Unit, lease: Lease | None, needed: int) -> None:
         """One unit's journey to the device: home -> (bounce buffer) -> slot. Owns `lease` until it is staged."""
         layout = self._layouts[unit.index]
         try:
@@ -216,7 +217,7 @@ class Residency:
                 assert buffer is not None
             else:
                 buffer = lease.buffer[: layout.staged_nbytes]
-                await self._bring(unit, buffer)
+                await self._bring(unit, buffer, needed)
             with self._lock:
                 self._staged[unit.index] = Staged(layout, buffer, lease)
         except BaseException:
@@ -227,25 +228,25 @@ class Residency:
             del self._fetching[unit.index]
             self._notify()
 
-    async def _bring(self, unit: Unit, slot: Tensor) -> None:
+    async def _bring(self, unit: Unit, slot: Tensor, needed: int) -> None:
         resting = self._resting[unit.index]
         if resting is not None:
             await self._upload(unit, slot, resting)
         elif self._device.one_memory:
-            await self._read(unit, slot)
+            await self._read(unit, slot, needed)
         else:
             lease = await self._bounce.acquire(slot.numel(), f"{unit.name}/param on its way")
             try:
-                await self._read(unit, lease.buffer)
+                await self._read(unit, lease.buffer, needed)
                 await self._upload(unit, slot, lease.buffer[: slot.numel()])
             finally:
                 lease.release()
 
-    async def _read(self, unit: Unit, into: Tensor) -> None:
+    async def _read(self, unit: Unit, into: Tensor, needed: int) -> None:
         layout, homes = self._layouts[unit.index], self._homes[unit.index]
         boundary = layout.nbytes("param")
         await gather_all(
-            home.read_all(into[first:last])
+            home.read_all(into[first:last], needed)
             for home, first, last in (
                 (homes["param"], 0, boundary),
                 (homes["frozen"], boundary, layout.staged_nbytes),
@@ -273,7 +274,7 @@ class Residency:
                 lease = self._room_now(unit, wanted)
                 if lease is None:
                     return
-            task = self._start_fetch(unit, lease)
+            task = self._start_fetch(unit, lease, NEEDED_SOON)
             task.add_done_callback(_look_at)
 
     def _room_now(self, unit: Unit, keep: Sequence[int]) -> Lease | None:

@@ -133,7 +133,7 @@ INLINE int size_of(int dtype) { return dtype == F32 ? 4 : 2; }
             PREFETCHES;                                                                                             \
             INDEPENDENT for (int64_t i = begin; i < begin + BLOCK; i++) { ELEMENT; }                                \
         }                                                                                                           \
-        for (int64_t i = begin; i < (N); i++) { ELEMENT; KEEP_SCALAR; }                                                          \
+        for (int64_t i = begin; i < (N); i++) { ELEMENT; KEEP_SCALAR; }                                             \
     } while (0)
 
 /* ---- the split master: bits = (high << 16) + sign_extend(low), high rounded half up, NaN made canonical ------ */
@@ -158,6 +158,8 @@ INLINE void store_master(void *param, int16_t *low, int is_split, int64_t i, flo
     else ((float *)param)[i] = value;
 }
 
+INLINE void *master_at(void *param, int is_split, int64_t begin) { return (char *)param + begin * (is_split ? 2 : 4); }
+
 INLINE void prefetch_master(const void *param, const int16_t *low, int is_split, int64_t begin)
 {
     prefetch(param, is_split ? 2 : 4, begin);
@@ -174,7 +176,7 @@ INLINE void join_body(int64_t n, float *restrict master, const uint16_t *restric
     WALK(n, (prefetch(param, 2, begin), prefetch(low, 2, begin)), master[i] = join(param[i], low[i]));
 }
 
-/* ---- Adam and AdamW: one pass; 26 B per element (split master, 16-bit gradient), 28 B (fp32 master and gradient) --- */
+/* ---- Adam and AdamW: one pass; 26 B per element (split master, 16-bit gradient), 28 B (fp32 both) ------------ */
 
 struct adam {
     float grad_scale, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, l2;
@@ -257,12 +259,14 @@ INLINE void adam_bf16_body(int is_split, int dtype, int64_t n, void *restrict pa
         prefetch(exp_avg, 2, begin);
         prefetch(exp_avg_sq, 2, begin);
         prefetch(grad, size_of(dtype), begin);
+        void *param_part = master_at(param, is_split, begin);
+        int16_t *low_part = is_split ? low + begin : 0;
         load_block(BF16, exp_avg, begin, count, m);
         load_block(BF16, exp_avg_sq, begin, count, v);
         load_block(dtype, grad, begin, count, g);
         INDEPENDENT
         for (int64_t i = 0; i < count; i++)
-            adam_element(is_split, F32, begin + i, param, low, m - begin, v - begin, g - begin, f);
+            adam_element(is_split, F32, i, param_part, low_part, m, v, g, f);
         INDEPENDENT
         for (int64_t i = 0; i < count; i++) {
             uint32_t random = random_bits(r, r.first_index + (uint64_t)(begin + i));
@@ -303,7 +307,8 @@ INLINE void quantize_block(const float *restrict m, const float *restrict v, int
     INDEPENDENT
     for (int64_t i = 0; i < QUANT_BLOCK; i++) {
         uint32_t bits = as_bits(m[i]);
-        int32_t q = round_to_int(sqrtf(as_float(bits & 0x7fffffff) / scale_m) * 127.0f), negative = -(int32_t)(bits >> 31);
+        int32_t q = round_to_int(sqrtf(as_float(bits & 0x7fffffff) / scale_m) * 127.0f);
+        int32_t negative = -(int32_t)(bits >> 31);
         m_codes[i] = (int8_t)(((q ^ negative) - negative) & keep_m);
     }
     INDEPENDENT
@@ -340,6 +345,8 @@ INLINE void adam_8bit_body(int is_split, int dtype, int64_t n, void *restrict pa
     const struct adam f = *factors;
     for (int64_t begin = 0; begin < n; begin += QUANT_BLOCK) {
         int64_t count = at_most(n - begin, QUANT_BLOCK), block = begin / QUANT_BLOCK;
+        void *param_part = master_at(param, is_split, begin);
+        int16_t *low_part = is_split ? low + begin : 0;
         int8_t *m_part = m_codes + begin;
         uint8_t *v_part = v_codes + begin;
         if (count < QUANT_BLOCK) { /* the last block: zeros make it whole */
@@ -356,7 +363,7 @@ INLINE void adam_8bit_body(int is_split, int dtype, int64_t n, void *restrict pa
         load_block(dtype, grad, begin, count, g);
         INDEPENDENT
         for (int64_t i = 0; i < count; i++)
-            adam_element(is_split, F32, begin + i, param, low, m - begin, v - begin, g - begin, f);
+            adam_element(is_split, F32, i, param_part, low_part, m, v, g, f);
         for (int64_t i = count; i < QUANT_BLOCK; i++) m[i] = v[i] = 0.0f;
         quantize_block(m, v, m_part, m_scales + block, v_part, v_scales + block);
         if (count < QUANT_BLOCK)
@@ -412,7 +419,8 @@ INLINE double block_dot(int dtype, const void *restrict a, const void *restrict 
     for (int64_t part = 0; part < SUM_LANES; part += BLOCK) {
         for (int64_t row = 0; row < 8; row++) {
             const char *ahead = (const char *)a + (start + SUM_BLOCK + row * SUM_LANES + part) * size_of(dtype);
-            for (int line = 0; line < BLOCK * size_of(dtype); line += LINE_NBYTES) __builtin_prefetch(ahead + line, 0, 3);
+            for (int line = 0; line < BLOCK * size_of(dtype); line += LINE_NBYTES)
+                __builtin_prefetch(ahead + line, 0, 3);
         }
         for (int64_t j = part; j < part + BLOCK; j++) {
             double even = (PRODUCT(0) + PRODUCT(4)) + (PRODUCT(2) + PRODUCT(6));
@@ -485,7 +493,7 @@ INLINE void project_body(int is_split, int dtype, int64_t n, const void *restric
          store(grad, dtype, i, (load(grad, dtype, i) - load_master(param, low, is_split, i) * coefficient) * rescale));
 }
 
-/* ---- the roof: what the memory gives to a pass with the same streams and next to no arithmetic -------------------- */
+/* ---- the roof: what the memory gives to a pass with the same streams and next to no arithmetic --------------- */
 
 struct stream {
     void *data;
@@ -612,7 +620,7 @@ KERNELS(AVX512_VERSION)
     EXPORT RETURN offl_##NAME PARAMETERS { return PICK(NAME) ARGUMENTS; }
 KERNELS(EXPORTED)
 
-/* Copy (or add) and the sum of squares of what the target then holds, block by block while the block is in the cache. */
+/* Copy (or add) and the sum of squares of what the target then holds, while a block is in the cache. */
 static double gather(int to, int from, int accumulate, int64_t n, void *target, const void *source)
 {
     double sum = 0.0;

@@ -21,20 +21,29 @@ def test_native_runs_where_there_is_a_compiler() -> None:
     assert dispatch.why_not_native() is None
 
 
-def test_use_forces_and_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_forces_and_restores() -> None:
     with dispatch.use("reference"):
         assert dispatch.implementation() == "reference"
         assert "switched off" in str(dispatch.why_not_native())
         with dispatch.use("native"):
             assert dispatch.implementation() == "native"
     assert dispatch.implementation() == "native"
-    monkeypatch.setenv("OFFLOAD_KERNELS", "reference")
-    assert dispatch.implementation() == "reference"
-    monkeypatch.setenv("OFFLOAD_KERNELS", "fast")
-    with pytest.raises(ValueError, match="'fast'"):
-        dispatch.implementation()
     with pytest.raises(ValueError, match="no implementation 'fast'"), dispatch.use("fast"):
         pass
+
+
+@pytest.mark.parametrize("word,outcome", [("reference", "reference"), ("native", "native"), ("fast", "ValueError")])
+def test_the_environment_forces(word: str, outcome: str) -> None:
+    program = (
+        "from offload.kernels import dispatch\n"
+        "try: print(dispatch.implementation())\n"
+        "except ValueError as error: print('ValueError' if repr('fast') in str(error) else error)"
+    )
+    environment = os.environ | {"OFFLOAD_KERNELS": word}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == [outcome]
 
 
 WITHOUT_COMPILER = """

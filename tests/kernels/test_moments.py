@@ -95,7 +95,7 @@ def test_bits_do_not_depend_on_the_cut(name: str) -> None:
 
 
 def test_random_bits_look_random_and_depend_on_everything() -> None:
-    n = 1 << 18
+    n = 1 << 16
     base = formats.random_bits(Rounding(seed=1, step=1, first_index=0), 0, n, torch.device("cpu"))
     for other in (
         Rounding(seed=2, step=1, first_index=0),
@@ -200,7 +200,7 @@ def test_training_with_smaller_moments_ends_where_fp32_ends(form: str) -> None:
 def train(form: str) -> float:
     generator = torch.Generator().manual_seed(0)
     width, n = 32, 32 * 64 + 64
-    inputs = torch.randn(512, width, generator=generator)
+    inputs = torch.randn(128, width, generator=generator)
     wanted = torch.sin(inputs @ torch.randn(width, 1, generator=generator) / 4)
     flat = torch.randn(n, generator=generator) * 0.15
     bf16 = [torch.zeros(n, dtype=torch.bfloat16) for _ in range(2)]

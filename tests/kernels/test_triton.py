@@ -27,8 +27,9 @@ def run_program(name: str, environment: dict[str, str]) -> str:
     return result.stdout
 
 
-def test_interpreter_gives_the_bits_of_the_native_kernels() -> None:
-    output = run_program("triton_interpreted.py", {"TRITON_INTERPRET": "1"})
+@pytest.mark.parametrize("interpret", ["1", pytest.param("0", marks=pytest.mark.gpu)])
+def test_interpreter_and_gpu_give_the_bits_of_the_native_kernels(interpret: str) -> None:
+    output = run_program("triton_bits.py", {"TRITON_INTERPRET": interpret})
     counts = json.loads(output.splitlines()[-1])
     assert counts == {
         "check_optimizer": 144,

@@ -30,7 +30,7 @@ class SlowStore:
         self.num_begun = 0
         self.num_reads = 0
 
-    async def read(self, key: str, piece: int, buffer: Tensor) -> None:
+    async def read(self, key: str, piece: int, buffer: Tensor, *, needed: int = 0) -> None:
         self.num_reads += 1
         buffer.copy_(self.pieces[key, piece])
 
