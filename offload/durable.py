@@ -103,9 +103,8 @@ class CommitLog:
 
     def settle(self) -> None:
         """Block until nothing is under way, whatever came of it: a commit that is cut off would break the store."""
-        for future in (self._copying, self._committing):
-            if future is not None:
-                concurrent.futures.wait([future])
+        under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]
+        concurrent.futures.wait(under_way)
 
     async def _copy_resting(self, units: Sequence[int]) -> None:
         """Write to the store what these units keep in host memory, one unit after the other."""

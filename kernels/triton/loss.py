@@ -34,6 +34,7 @@ def cross_entropy_kernel(
     scale,
     CODE: tl.constexpr,
     GRADIENT: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,  # a run-time bound of a loop fails in the interpreter of Triton 3.6 with recent numpy
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -41,8 +42,8 @@ def cross_entropy_kernel(
     label = tl.load(target + row)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(0, vocabulary, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for block in range(NUM_BLOCKS):
+        at = block * BLOCK + tl.arange(0, BLOCK)
         mask = at < vocabulary
         z = as_float32(tl.load(logits + at, mask=mask, other=0), CODE)
         z = tl.where(mask, z, float("-inf"))
@@ -56,8 +57,8 @@ def cross_entropy_kernel(
     if GRADIENT:
         tl.debug_barrier()  # every thread has read the label's logit before one overwrites it
         scale = tl.where(used, scale, 0.0)
-        for start in range(0, vocabulary, BLOCK):
-            at = start + tl.arange(0, BLOCK)
+        for block in range(NUM_BLOCKS):
+            at = block * BLOCK + tl.arange(0, BLOCK)
             mask = at < vocabulary
             z = as_float32(tl.load(logits + at, mask=mask, other=0), CODE)
             probability = tl.exp(z - largest) / total
@@ -82,6 +83,7 @@ def cross_entropy_(logits: Tensor, target: Tensor, loss: Tensor, ignore_index: i
         0.0 if scale is None else scale,
         CODE=code(logits),
         GRADIENT=scale is not None,
+        NUM_BLOCKS=triton.cdiv(logits.shape[1], BLOCK),
         BLOCK=BLOCK,
         **OPTIONS,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from offload.kernels import dispatch
+from offload.kernels.master import split_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
@@ -72,3 +73,13 @@ def _copy_keeping_offset(tensor: Tensor) -> Tensor:
     part = whole[offset:]
     part.copy_(tensor)
     return part
+
+
+def make_master(n: int, offset: int, is_split: bool, seed: int) -> tuple[Tensor, Tensor | None]:
+    """(param, low) of `n` elements that start `offset` elements into their storage; low is None if not split."""
+    whole = any_values(n + offset, torch.float32, seed)
+    if not is_split:
+        return whole[offset:], None
+    param, low = torch.empty_like(whole, dtype=torch.bfloat16), torch.empty_like(whole, dtype=torch.int16)
+    split_(whole, param, low)
+    return param[offset:], low[offset:]

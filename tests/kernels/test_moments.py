@@ -16,8 +16,7 @@ from offload.kernels.optimizer import adam_
 from offload.kernels.reference import moments as formats
 from offload.kernels.rounding import Rounding
 
-from .bits import DTYPES, any_values, assert_same_bits, run_both
-from .masters import make_master
+from .bits import DTYPES, any_values, assert_same_bits, make_master, run_both
 
 LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([4096, 28_671, 28_672, 30_001]))
 

@@ -13,8 +13,7 @@ from offload.kernels import dispatch, optimizer
 from offload.kernels.native import library
 from offload.kernels.optimizer import AdamScalars, SgdScalars
 
-from .bits import DTYPES, any_values, assert_same_bits, run_both
-from .masters import make_master
+from .bits import DTYPES, any_values, assert_same_bits, make_master, run_both
 
 LENGTHS = st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097, 16383, 16384, 16385, 40001]))
 RATES = st.sampled_from([0.0, 1e-45, 1e-30, 1e-8, 1e-3, 1.0, 1e10, 1e38])

@@ -14,8 +14,7 @@ from offload.kernels.gradient import squared_norm
 from offload.kernels.master import join_
 from offload.kernels.projection import ProjectionSums, project_, projection_sums
 
-from .bits import DTYPES, any_values, run_both
-from .masters import make_master
+from .bits import DTYPES, any_values, make_master, run_both
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,9 +20,8 @@ from torch import Tensor
 from offload.kernels import dispatch, gradient, loss, master, moments, optimizer, projection
 from offload.kernels.rounding import Rounding
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from kernels.bits import DTYPES, any_values, assert_same_bits
-from kernels.masters import make_master
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # a bare `kernels` may be another project's package
+from bits import DTYPES, any_values, assert_same_bits, make_master
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

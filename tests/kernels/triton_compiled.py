@@ -106,13 +106,13 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         loss.cross_entropy_kernel,
         "slf",
         "i32 i32 i64 fp32",
-        {"CODE": 1, "GRADIENT": True, "BLOCK": loss.BLOCK},
+        {"CODE": 1, "GRADIENT": True, "NUM_BLOCKS": 13, "BLOCK": loss.BLOCK},
     ),
     "cross entropy fp32": (
         loss.cross_entropy_kernel,
         "flf",
         "i32 i32 i64 fp32",
-        {"CODE": 0, "GRADIENT": True, "BLOCK": loss.BLOCK},
+        {"CODE": 0, "GRADIENT": True, "NUM_BLOCKS": 13, "BLOCK": loss.BLOCK},
     ),
 }
 
