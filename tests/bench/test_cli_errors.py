@@ -130,7 +130,13 @@ def test_ctrl_c_ends_training_with_130_and_frees_the_directory(tmp_path: Path) -
         "0",
     ]
     command += ["--eval-batches", "1", "--nvme", str(tmp_path / "nvme")]
-    running = subprocess.Popen([*command, "--steps", "100000"], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--steps", "100000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background ignores Ctrl-C, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert running.stderr is not None
     seen = []
     for line in running.stderr:
