@@ -148,5 +148,7 @@ def test_ctrl_c_ends_training_with_130_and_frees_the_directory(tmp_path: Path) -
     assert running.returncode == 130, "".join(seen) + rest
     assert rest.splitlines()[-1] == "offload: interrupted"
     assert "Traceback" not in rest
-    again = subprocess.run([*command, "--steps", "1"], capture_output=True, text=True, check=False, timeout=100)
+    again = subprocess.run(
+        [*command, "--steps", "1", "--overwrite"], capture_output=True, text=True, check=False, timeout=100
+    )
     assert again.returncode == 0, again.stderr
