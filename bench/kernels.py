@@ -61,8 +61,10 @@ class Case:
     peer: str | None = None  # then `call` takes the whole arrays and uses torch's own threads
 
     @property
-    def bytes_per_element(self) -> int:
-        return sum(size * (2 if mode == UPDATE else 1) for size, mode in self.streams)
+    def bytes_per_element(self) -> float:
+        """Bytes read and written; a scale is 4 bytes for each block of 256 elements, updated in place."""
+        scales = sum(name.endswith("_scale") for name in self.arrays) * 2 * 4 / moments.QUANT_BLOCK
+        return sum(size * (2 if mode == UPDATE else 1) for size, mode in self.streams) + scales
 
 
 def run(quick: bool, json_path: Path | str | None = None, threads: int | None = None) -> list[Row]:
@@ -127,7 +129,7 @@ def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> l
             elements=elements,
             threads=threads,
             bytes_per_element=case.bytes_per_element,
-            gb_per_s=case.bytes_per_element * elements / wall_s / 1e9,
+            gb_per_s=elements / wall_s * case.bytes_per_element / 1e9,
             elements_per_s=elements / wall_s,
             roof_gb_per_s=None if roof_pass is None else case.bytes_per_element * elements / best_roof_s / 1e9,
             of_roof=None if roof_pass is None else best_roof_s / wall_s,

@@ -546,13 +546,12 @@ INLINE uint64_t stream_body(int64_t n, int num_streams, const struct stream *str
     default: { enum { T = F16, S = F16 }; CALL; } break;                                                            \
     }
 
-
-/* One row per exported function: what it returns, its name, its parameters, its arguments, and the body to inline. */
 #define FOR_SPLIT(CALL)                                                                                             \
     if (low) { enum { SPLIT = 1 }; CALL; }                                                                          \
     else { enum { SPLIT = 0 }; CALL; }
 #define FOR_MASTER(DTYPE, CALL) FOR_SPLIT(FOR_DTYPE(DTYPE, CALL))
 
+/* One row per exported function: what it returns, its name, its parameters, its arguments, and the body to inline. */
 #define KERNELS(K)                                                                                                  \
     K(void, adam,                                                                                                   \
       (int dtype, int64_t n, void *param, int16_t *low, float *exp_avg, float *exp_avg_sq, const void *grad,        \
