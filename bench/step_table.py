@@ -65,17 +65,17 @@ class Row:
     last_loss: float
 
 
-def expected_nbytes(case: str, dtype: str, durability: str = "none") -> tuple[int, int]:
+def expected_nbytes(case: str, dtype: str, durability: str = "none") -> tuple[float, float]:
     """NVMe bytes (read, written) per parameter and step that the placement of `case` asks for.
 
     With 16-bit parameters and the split master: states are low half 2 + moments 8, read and written once. Parameters
     on NVMe are read for forward and again for backward, where the update reuses them, and written once: + 4 and + 2.
     A gradient on NVMe is written and read once in the parameter's dtype. With float32 parameters the master is the
-    parameter, so states are 8 and every 2 becomes 4. With durability "step" what rests in host memory is written too.
+    parameter, so states are 8 and every 2 becomes 4. What rests in host memory is written too at each commit.
     """
     homes = HOMES.get(case, {})
     width, states = (2, 10) if dtype == "bfloat16" else (4, 8)
-    read = write = 0
+    read = write = 0.0
     if homes.get("states") == "nvme":
         read, write = read + states, write + states
     if homes.get("param") == "nvme":
@@ -83,7 +83,8 @@ def expected_nbytes(case: str, dtype: str, durability: str = "none") -> tuple[in
     if homes.get("grad") == "nvme":
         read, write = read + width, write + width
     if durability != "none" and "nvme" in homes.values():
-        write += states * (homes["states"] == "host") + width * (homes["param"] == "host")
+        resting = states * (homes["states"] == "host") + width * (homes["param"] == "host")
+        write += resting / (1 if durability == "step" else int(durability))
     return read, write
 
 

@@ -33,6 +33,7 @@ class Assembly:
     """The parts, made once. `close()` gives everything back."""
 
     config: OffloadConfig
+    host_budget_nbytes: int
     device: Device
     parameters: Sequence[ParameterInfo]
     groups: list[dict[str, Any]]
@@ -49,10 +50,6 @@ class Assembly:
     store: Store | None
     scratch: Store | None
     leases: list[Lease]
-
-    @property
-    def host_budget_nbytes(self) -> int:
-        return self.config.host_budget_nbytes()
 
     def close(self) -> None:
         self.lanes.close()
@@ -100,6 +97,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
         undo.pop_all()
     return Assembly(
         config=config,
+        host_budget_nbytes=host_nbytes,
         device=device,
         parameters=parameters,
         groups=groups,
@@ -155,7 +153,9 @@ def _plan(
             failures.append(failure)
         previous, largest = largest, max((unit.numel for unit in parts.units), default=0)
         if largest == previous or largest == 0:  # the largest unit is one module that cannot be taken apart
-            raise min(failures, key=lambda failure: failure.needed_nbytes) from None
+            # A cut that failed on the host had passed on the device, so it is the host's budget that is in the way.
+            host = [failure for failure in failures if failure.setting == "host_memory"]
+            raise min(host or failures, key=lambda failure: failure.needed_nbytes) from None
 
 
 def _poison(buffer: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,6 @@ class Bindings:
         self._binds: dict[nn.Parameter, int] = {}
         self._private: dict[nn.Parameter, tuple[int, int] | None] = {}
         self._closed = False
-
-    def release_all(self) -> None:
-        """Show placeholders: the values have been taken over."""
-        for placeholder in self._placeholder.values():
-            placeholder.install()
 
     def release(self, parameter: nn.Parameter) -> None:
         self._placeholder[parameter].install()
@@ -110,30 +105,31 @@ class Bindings:
 
         Raises: PlaceholderOverwritten if one that was read outside of a forward was edited: the edit would be lost.
         """
+        edited = []
         with self._lock:
             private, self._private = self._private, {}
-            for parameter in private:
+            for parameter, fingerprint in private.items():
                 if not self._binds.get(parameter):
-                    edited = _is_edited(parameter.data, private[parameter])
+                    if _is_edited(parameter.data, fingerprint):
+                        edited.append(self._info[parameter].name)
                     self._placeholder[parameter].install()
-                    if edited:
-                        name = self._info[parameter].name
-                        raise PlaceholderOverwritten(
-                            f"parameter {name!r} was edited in place, but its values live in the engine and the edit "
-                            f"would "
-                            f"be lost; edit it inside `with engine.gather({name!r}, write=True) as parameters:`"
-                        )
+        if edited:
+            raise PlaceholderOverwritten(
+                f"{', '.join(map(repr, edited))} edited in place, but the values live in the engine and the edit would "
+                f"be lost; edit inside `with engine.gather({edited[0]!r}, write=True) as parameters:`"
+            )
 
     def close(self) -> None:
         self._closed = True
 
-    def restore(self, values: Iterator[tuple[nn.Parameter, Tensor]]) -> None:
-        """Give parameters real values for good (the engine lets go of them)."""
+    def is_released(self, parameter: nn.Parameter) -> bool:
+        """Whether the parameter shows its placeholder."""
+        return parameter.data_ptr() == self._placeholder[parameter].tensor.data_ptr() and parameter.numel() > 0
+
+    def restore(self, parameter: nn.Parameter, values: Tensor) -> None:
+        """Give a parameter real values for good: the engine lets go of it."""
         with torch.inference_mode(False):
-            for parameter, value in values:
-                parameter.data = value
-        self._placeholder.clear()
-        self._private.clear()
+            parameter.data = values
 
 
 def _fingerprint(values: Tensor) -> tuple[int, int] | None:

@@ -263,7 +263,6 @@ class UnitCall(torch.autograd.Function):
                 "engine recomputes by itself: switch gradient checkpointing off, or give use_reentrant=False"
             )
         tensors = ctx.saved_tensors
-        first_visit, call.visited = not call.visited, True
         host.backward_begins(site)
         inputs: list[Tensor] = []
         if any(gradient is not None for gradient in gradients):
@@ -281,6 +280,7 @@ class UnitCall(torch.autograd.Function):
                 if pairs:
                     torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
                 del pairs
+        first_visit, call.visited = not call.visited, True
         host.backward_ended(site, first_visit)
         return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
 

@@ -83,7 +83,7 @@ class CommitLog:
         self._last_staged = step
         self._staged = (step, state)
         units, self._changed = sorted(self._changed), set()
-        self._copying = self._loop.submit(self._copy_resting(units))
+        self._copying = self._loop.submit(self._copy_resting(units, self._copying))
 
     def launch(self, capture: Callable[[], dict[str, Any]]) -> None:
         """Commit the staged step, completed by what `capture` returns. Never blocks. Without a staged step, nothing."""
@@ -92,7 +92,7 @@ class CommitLog:
         (step, state), self._staged = self._staged, None
         copying = self._copying
         assert copying is not None, "stage() begins the copy"
-        self._committing = self._loop.submit(self._commit(step, {**state, **capture()}, copying))
+        self._committing = self._loop.submit(self._commit(step, {**state, **capture()}, copying, self._committing))
 
     def wait(self) -> None:
         """Block until the launched commit is durable and nothing is copied any more; raises what went wrong."""
@@ -106,8 +106,10 @@ class CommitLog:
         under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]
         concurrent.futures.wait(under_way)
 
-    async def _copy_resting(self, units: Sequence[int]) -> None:
+    async def _copy_resting(self, units: Sequence[int], before: Future[None] | None) -> None:
         """Write to the store what these units keep in host memory, one unit after the other."""
+        if before is not None:
+            await asyncio.wrap_future(before)
         for unit in units:
             await gather_all(
                 self._store.write(home.key, index, home.piece(index), needed=NEEDED_AT_COMMIT)
@@ -116,7 +118,13 @@ class CommitLog:
                 for index in range(len(home.piece_nbytes))
             )
 
-    async def _commit(self, step: int, state: dict[str, Any], copying: Future[None]) -> bool:
+    async def _commit(
+        self, step: int, state: dict[str, Any], copying: Future[None], before: Future[bool] | None
+    ) -> bool:
+        """Invariant: commits run in the order of their steps. Else a step that changed nothing (a skipped one) has
+        nothing to copy and is sealed while the step before it is still being copied."""
+        if before is not None:
+            await asyncio.wrap_future(before)
         await asyncio.wrap_future(copying)
         return await self._store.commit(step, state, force=True)
 

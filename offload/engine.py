@@ -33,7 +33,7 @@ from .residency import Residency
 from .runtime import CallRuntime
 from .scheduler.loop import LoopThread
 from .scheduler.trace import Wait, busy_s, exposed_s, moved_nbytes
-from .step import Stepper, UpdateInterrupted, clip_factor
+from .step import Decision, Stepper, UpdateInterrupted, clip_factor
 from .units import CallSite
 from .usage import ComputeRecord
 from .values import Values
@@ -70,12 +70,13 @@ class OffloadEngine:
         self.module = module
         if isinstance(module, OffloadEngine) or any(isinstance(m.forward, UnitForward) for m in module.modules()):
             raise ValueError(
-                "the module is already wrapped by an engine; close that engine first, or build a new module"
+                "the module has been wrapped by an engine, and a module can be wrapped once; build a new one and load "
+                "engine.state_dict() into it"
             )
         num_threads = torch.get_num_threads()
         torch.set_num_threads(num_threads)  # made explicit, so that threads started later compute with it too
-        bound_heap(self.config.host_budget_nbytes())
         self._parts = parts = assemble(module, optimizer, self.config)
+        bound_heap(parts.host_budget_nbytes)
         self._trace = parts.lanes.trace
         self.device = parts.device
         self._closed = False
@@ -133,15 +134,18 @@ class OffloadEngine:
         self.optimizer = EngineOptimizer(self, optimizer, parts.groups)
         self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
         self._log = self._open_log()
+        self._guards: Guards | None = None
         self._failure: BaseException | None = None
         self._grad_scale = 1.0
         self._loss: Tensor | None = None
         self._tokens: int | None = 0
         self._step = 0
         self._since_s: float | None = None
+        dtypes = {info.parameter: info.parameter.dtype for info in parts.parameters}
         try:
             self._take_over()
         except BaseException:
+            self._give_back(dtypes)
             self._loop.close()
             parts.close()
             raise
@@ -182,20 +186,42 @@ class OffloadEngine:
             self._log.launch(self._state.capture_tracked)
             self._log.wait()
 
+    def _give_back(self, dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
+        """Construction failed: the module gets back what was taken from it, as far as the store can still be read."""
+        if self._guards is not None:
+            self._guards.remove()
+        self._runtime.detach()
+        for site in self._parts.partition.call_sites:
+            site.module.__dict__.pop("forward", None)
+        for layout in self._parts.layouts:
+            taken = [p for p in layout.by_parameter if self._bindings.is_released(p)]
+            if taken and not self.config.resume:
+                for parameter, host in self._access.read(layout, taken, states=False).items():
+                    self._bindings.restore(parameter, host.value.to(dtypes[parameter]))
+
     # -- training
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `module(*args, **kwargs)` returns, computed with parameters streamed in and out."""
         self._enter()
-        if self._since_s is None:
-            self._since_s = time.perf_counter()
         with_graph = torch.is_grad_enabled()
         self._order.begin("train" if with_graph else "eval")
         self._residency.ask_prefetch()
         if with_graph:
             self._count_tokens(args)
+            if self._since_s is None:
+                self._since_s = time.perf_counter()
         with self._runtime.forward_pass():
-            return self.module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
+        if not with_graph and not self._runtime.accumulating:
+            self._forget_evaluation()
+        return result
+
+    def _forget_evaluation(self) -> None:
+        """Evaluation belongs to no step: neither its time nor its record, which would grow for as long as it lasts."""
+        self._since_s = None
+        self._compute.forget()
+        self._trace.forget_fetches()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """`loss.backward(**kwargs)`; the loss is also noted for `StepInfo`. Nothing is scaled."""
@@ -238,17 +264,19 @@ class OffloadEngine:
         self._runtime.check_accumulation(partial)
         self._bindings.drop_private()
         loss = None if self._loss is None else float(self._loss)
+        tokens = self._tokens
         wait_from_s = time.perf_counter()
         decision = self._stepper.decide(self._grad_scale, self.config.clip_grad_norm, loss)
         interrupt = None if decision.skipped else self._update(decision.grad_scale)
+        # Before anything that may be interrupted: these gradients have been used and must not be used again.
+        self.drop_gradients()
+        self._step += 1
+        if self._log is not None:
+            self._log.stage(self._step, self._state.capture(self._step))
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
         now_s = time.perf_counter()
         self._trace.add_wait(Wait(wait_from_s, now_s, "step"))
-        self._step += 1
-        info = self._account(loss, decision.grad_norm, decision.skipped, now_s)
-        self.drop_gradients()
-        if self._log is not None:
-            self._log.stage(self._step, self._state.capture(self._step))
+        info = self._account(loss, tokens, decision, now_s)
         self._residency.ask_prefetch()
         if interrupt is not None:
             raise interrupt
@@ -256,19 +284,20 @@ class OffloadEngine:
 
     def _update(self, grad_scale: float) -> UpdateInterrupted | None:
         """Update all units. An interrupt is given back, to be raised when the step has been booked."""
-        interrupt = None
+        prepared = self._stepper.prepare(self.optimizer.param_groups, grad_scale)
         if self._log is not None:
             self._log.wait()
+        interrupt = None
         try:
-            updated = self._stepper.update(self.optimizer.param_groups, grad_scale)
+            self._stepper.update(prepared)
         except UpdateInterrupted as error:
-            interrupt, updated = error, error.units
+            interrupt = error
         except BaseException as error:
             self._failure = error
             raise
-        self._guards.values_changed()
+        self._values_changed()
         if self._log is not None:
-            self._log.changed(updated)
+            self._log.changed(prepared.units)
         return interrupt
 
     def drop_gradients(self) -> None:
@@ -341,11 +370,11 @@ class OffloadEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in full precision (fp32 masters) in host memory, read unit by unit."""
         self._check_open()
-        self._guards.values_changed()
+        self._values_changed()
         try:
             return self._values.state_dict()
         finally:
-            self._guards.values_changed()
+            self._values_changed()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Set parameters and buffers from `state_dict`, unit by unit; optimizer states stay.
@@ -422,12 +451,17 @@ class OffloadEngine:
         if self._log is not None:
             self._log.launch(self._state.capture_tracked)
             self._log.wait()
-        self._loop.run(self._residency.evict([self._parts.layouts[unit].unit]))
+        self._loop.run(self._residency.withdraw([self._parts.layouts[unit].unit]))
 
     def _after_write(self, unit: int) -> None:
-        self._guards.values_changed()
+        self._loop.call_soon(self._residency.admit, [self._parts.layouts[unit].unit])
+        self._values_changed()
         if self._log is not None:
             self._log.changed([unit])
+
+    def _values_changed(self) -> None:
+        assert self._guards is not None
+        self._guards.values_changed()
 
     def _show(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._bindings.show(parameter, outside_of_forward=not self._runtime.computing)
@@ -443,7 +477,7 @@ class OffloadEngine:
         else:
             self._tokens = None
 
-    def _account(self, loss: float | None, grad_norm: float, skipped: bool, now_s: float) -> StepInfo:
+    def _account(self, loss: float | None, tokens: int | None, decision: Decision, now_s: float) -> StepInfo:
         self._compute.settle()
         spans, waits = self._trace.drain()
         seconds = now_s - (self._since_s if self._since_s is not None else now_s)
@@ -451,11 +485,11 @@ class OffloadEngine:
         return StepInfo(
             step=self._step,
             loss=loss,
-            grad_norm=grad_norm,
+            grad_norm=decision.grad_norm,
             lr=float(self.optimizer.param_groups[0]["lr"]),
-            skipped=skipped,
+            skipped=decision.skipped,
             seconds=seconds,
-            tokens=self._tokens,
+            tokens=tokens,
             nbytes=moved_nbytes(spans),
             busy_s=busy_s(spans),
             exposed_s=exposed_s(spans, waits),

@@ -8,6 +8,7 @@ where there is one backward per step, as torch's own would).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -72,6 +73,7 @@ class Gradients:
         self._deferred: dict[nn.Parameter, Tensor] = {}
         self._arrived_in: dict[nn.Parameter, int] = {}
         self._squares: dict[nn.Parameter, float] = {}
+        self._failure: BaseException | None = None
         self.num_backwards = 0
 
     # -- the training (or autograd) thread's side
@@ -230,10 +232,17 @@ class Gradients:
     # -- once per step
 
     def wait(self) -> None:
-        """Block until every gradient that was sent has come home; raises what a lane raised."""
+        """Block until every gradient that was sent has come home.
+
+        Raises: what a lane raised, again at every call until `drop`: what has landed is not the step's gradient.
+        """
         in_flight, self._in_flight = self._in_flight, []
-        for future in in_flight:
-            future.result()
+        concurrent.futures.wait(in_flight)
+        errors = [error for future in in_flight if (error := future.exception()) is not None]
+        if self._failure is None and errors:
+            self._failure = errors[0]
+        if self._failure is not None:
+            raise self._failure
 
     def total_square(self, names_in_order: Sequence[nn.Parameter]) -> float:
         """The squared global norm: per parameter in fixed blocks in float64, then summed in the order of names.
@@ -290,6 +299,7 @@ class Gradients:
             except Exception:
                 continue  # a gradient that is dropped may have failed to land
         self._in_flight = []
+        self._failure = None
         with self._lock:
             self._harvest = {}
         self._deferred = {}

@@ -17,7 +17,7 @@ class StepInfo:
         grad_norm: global gradient norm before clipping (2-norm).
         lr: learning rate of the first parameter group at this step.
         skipped: whether the loss or a gradient was not finite; nothing was changed then.
-        seconds: from the end of the last step (or the first forward) to the end of this one.
+        seconds: from the end of the last step (or, after an evaluation, the first forward) to the end of this one.
         tokens: elements of the first argument over the forwards with gradients, or None where it is no integer tensor.
         nbytes: bytes moved, by lane: h2d and d2h cross the link, read and write NVMe, cpu is what host kernels touched.
         busy_s: seconds in which each lane worked, by lane.

@@ -74,6 +74,7 @@ class UnitLayout:
     def __init__(self, unit: Unit, state_names: Sequence[str], grad_fp32: bool, chunk_numel: int = CHUNK_NUMEL) -> None:
         self.unit = unit
         self.state_names = tuple(state_names)
+        self.grad_fp32 = grad_fp32
         self.grad_dtype = {"split": torch.float32 if grad_fp32 else torch.bfloat16, "whole": torch.float32}
         self.members: list[Member] = []
         self.chunks: list[Chunk] = []

@@ -20,12 +20,13 @@ RING_DEPTH = 3
 class BudgetTooSmall(ValueError):
     """A memory budget that cannot run the model; the message names the unit and the smallest budget that works.
 
-    `needed_nbytes` is that budget.
+    `needed_nbytes` is that budget, `setting` the one that is too small.
     """
 
-    def __init__(self, message: str, needed_nbytes: int) -> None:
+    def __init__(self, message: str, needed_nbytes: int, setting: str) -> None:
         super().__init__(message)
         self.needed_nbytes = needed_nbytes
+        self.setting = setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class Planner:
         homes = [{kind: "nvme" if self._may_spill(kind) else "host" for kind in PLACED_KINDS} for _ in self._layouts]
         floor = self._needs(homes)
         if sum(floor) > self._host_nbytes:
-            raise BudgetTooSmall(self._too_small(floor), sum(floor))
+            raise BudgetTooSmall(self._too_small(floor), sum(floor), "host_memory")
         for kind in PLACED_KINDS:
             if kind in self._forced or not self._has_nvme:
                 continue
@@ -119,6 +120,7 @@ class Planner:
                 f"whole, "
                 f"{format_size(need)}; the smallest device_memory that works is {need} bytes",
                 need,
+                "device_memory",
             )
 
     def _largest_call(self) -> tuple[int, str]:
@@ -164,7 +166,10 @@ class Planner:
 
     def _gradient_room(self, layout: UnitLayout, home: Mapping[str, str]) -> int:
         """Largest lease that one unit's gradient takes on its way home."""
-        link = 0 if self._one_memory else sum(i.numel * i.dtype.itemsize for i in layout.unit.parameters if i.trainable)
+        link = 0
+        if not self._one_memory:  # sums that were held back cross in fp32, where several backwards are added up
+            widths = {i: 4 if layout.grad_fp32 else i.dtype.itemsize for i in layout.unit.parameters if i.trainable}
+            link = sum(info.numel * width for info, width in widths.items())
         spill = layout.nbytes("grad") if home["grad"] == "nvme" else 0
         return page_ceil(spill + link)
 

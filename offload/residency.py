@@ -77,6 +77,7 @@ class Residency:
         self._staged: dict[int, Staged] = {}
         self._fetching: dict[int, asyncio.Task[None]] = {}
         self._changed: list[asyncio.Future[None]] = []
+        self._withdrawn: set[int] = set()
         self._prefetch_asked = False
 
     # -- the training thread's side
@@ -154,6 +155,8 @@ class Residency:
     async def _ensure(self, unit: Unit) -> None:
         """Stage `unit` and hold it."""
         while True:
+            while unit.index in self._withdrawn:
+                await self._when_changed()
             with self._lock:
                 staged = self._staged.get(unit.index)
                 if staged is not None:
@@ -163,8 +166,8 @@ class Residency:
             if task is None:
                 nbytes = self._layouts[unit.index].staged_nbytes
                 lease = None if self._rests_in_place(unit) else await self._make_room(unit, nbytes)
-                if unit.index in self._fetching or unit.index in self._staged:
-                    if lease is not None:  # somebody else fetched it while this one waited for room
+                if unit.index in self._fetching or unit.index in self._staged or unit.index in self._withdrawn:
+                    if lease is not None:  # while this one waited for room, somebody else fetched or withdrew it
                         lease.release()
                     continue
                 task = self._start_fetch(unit, lease, NEEDED_NOW)
@@ -267,7 +270,7 @@ class Residency:
                 continue
             wanted.append(index)
             unit = self._layouts[index].unit
-            if index in self._staged or index in self._fetching:
+            if index in self._staged or index in self._fetching or index in self._withdrawn:
                 continue
             lease = None
             if not self._rests_in_place(unit):
@@ -311,8 +314,26 @@ class Residency:
         if staged.lease is not None:
             staged.lease.release()
 
+    async def withdraw(self, units: Sequence[Unit]) -> None:
+        """Evict `units` and let nobody fetch them until `admit`, because their values are about to change.
+
+        Invariant: no fetch begins between the two. One that did would stage bytes of before, or half of each, and
+        serve them to the next forward without a sign. Raises: as `evict`; nothing is withdrawn then.
+        """
+        self._withdrawn.update(unit.index for unit in units)
+        try:
+            await self.evict(units)
+        except BaseException:
+            self.admit(units)
+            raise
+
+    def admit(self, units: Sequence[Unit]) -> None:
+        """The values are whole again. Called on the loop's thread."""
+        self._withdrawn.difference_update(unit.index for unit in units)
+        self._notify()
+
     async def evict(self, units: Sequence[Unit]) -> None:
-        """Take `units` off the device: their values are about to change. Waits for fetches on their way.
+        """Take `units` off the device. Waits for fetches on their way.
 
         Raises: RuntimeError if one of them is held.
         """
@@ -325,7 +346,8 @@ class Residency:
                     continue
                 if staged.holds:
                     raise RuntimeError(
-                        f"unit {unit.name!r} is in use by a forward or backward; its values cannot change now"
+                        f"unit {unit.name!r} is in use by a forward or backward, so its values cannot change now: "
+                        "finish or drop the backward first"
                     )
                 del self._staged[unit.index]
             self._let_go(staged)

@@ -80,9 +80,13 @@ class CallRuntime:
             yield
         finally:
             self._in_forward -= 1
-            idle = not self._gradients.num_backwards and not self._in_backward and not self._in_forward
-            if idle and not torch.is_grad_enabled():
+            if not self.accumulating and not self._in_forward and not torch.is_grad_enabled():
                 self._bindings.drop_private()
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a step has begun: a backward is done or under way."""
+        return self._gradients.num_backwards > 0 or self._in_backward
 
     @property
     def computing(self) -> bool:

@@ -33,12 +33,20 @@ class Decision:
     skipped: bool
 
 
-class UpdateInterrupted(KeyboardInterrupt):
-    """Ctrl-C came during an update, which is whole all the same; `units` are those that it changed."""
+@dataclass(frozen=True)
+class Prepared:
+    """An update that is ready to run: each unit's, in order of use, and the parameters that it changes."""
 
-    def __init__(self, units: list[int]) -> None:
-        super().__init__()
-        self.units = units
+    work: Sequence[tuple[UnitLayout, UnitUpdate]]
+    parameters: Sequence[nn.Parameter]
+
+    @property
+    def units(self) -> list[int]:
+        return [layout.unit.index for layout, _ in self.work]
+
+
+class UpdateInterrupted(KeyboardInterrupt):
+    """Ctrl-C came during an update, which is whole all the same."""
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -87,27 +95,11 @@ class Stepper:
             grad_scale *= clip_factor(norm * grad_scale, clip_grad_norm)
         return Decision(norm, grad_scale, not finite)
 
-    def update(self, groups: Sequence[dict[str, object]], grad_scale: float) -> list[int]:
-        """Update every unit that has a gradient and return which. Blocks until all is written back.
+    def prepare(self, groups: Sequence[dict[str, object]], grad_scale: float) -> Prepared:
+        """Fix everything the update depends on, as it is now. Nothing is changed yet.
 
-        An interrupt from the keyboard is raised once the update is whole: half of one could not be gone on from.
+        Raises: ValueError for a hyperparameter out of range.
         """
-        scalars = self._scalars(groups)
-        work = []
-        for layout in self._layouts:
-            mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
-            if mine:
-                work.append((layout, UnitUpdate(self._spec, layout, mine, grad_scale)))
-        future = self._loop.submit(self._run(work))
-        try:
-            future.result()
-        except KeyboardInterrupt:
-            future.result()
-            raise UpdateInterrupted([layout.unit.index for layout, _ in work]) from None
-        return [layout.unit.index for layout, _ in work]
-
-    def _scalars(self, groups: Sequence[dict[str, object]]) -> dict[nn.Parameter, Scalars]:
-        """Hyperparameters as they are now, for every parameter with a gradient, which ages by one step."""
         present = self._gradients.present()
         scalars: dict[nn.Parameter, Scalars] = {}
         for group in groups:
@@ -115,19 +107,43 @@ class Stepper:
             made: dict[int, Scalars] = {}
             for parameter in group["params"]:  # type: ignore[attr-defined]
                 if parameter in present:
-                    count = self.counts[parameter] = self.counts[parameter] + 1
+                    count = self.counts[parameter] + 1
                     if count not in made:
                         made[count] = self._spec.scalars(group, count)
                     scalars[parameter] = made[count]
-        return scalars
+        work = []
+        for layout in self._layouts:
+            mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
+            if mine:
+                work.append((layout, UnitUpdate(self._spec, layout, mine, grad_scale)))
+        return Prepared(work, list(scalars))
+
+    def update(self, prepared: Prepared) -> None:
+        """Run a prepared update; its parameters age by one step. Blocks until all is written back.
+
+        An interrupt from the keyboard is raised once the update is whole: half of one could not be gone on from.
+        """
+        future = self._loop.submit(self._run(prepared.work))
+        interrupt = None
+        try:
+            future.result()
+        except KeyboardInterrupt as error:
+            future.result()
+            interrupt = UpdateInterrupted(*error.args)
+        for parameter in prepared.parameters:
+            self.counts[parameter] += 1
+        if interrupt is not None:
+            raise interrupt
 
     async def _run(self, work: Sequence[tuple[UnitLayout, UnitUpdate]]) -> None:
         """Units in order of use, a few at a time, so that reads, updates and writes of neighbours overlap."""
-        await self._residency.evict([layout.unit for layout, _ in work])
+        units = [layout.unit for layout, _ in work]
+        await self._residency.withdraw(units)
         gate = asyncio.Semaphore(UPDATES_IN_FLIGHT)
 
         async def one(layout: UnitLayout, update: UnitUpdate) -> None:
             async with gate:
                 await update.run(self._stream, self._homes[layout.unit.index])
+            self._residency.admit([layout.unit])
 
         await gather_all(one(layout, update) for layout, update in work)

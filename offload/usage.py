@@ -57,6 +57,10 @@ class ComputeRecord:
     def add(self, site: CallSite, begin: Event, end: Event) -> None:
         self._pairs.append((site.name, begin, end))
 
+    def forget(self) -> None:
+        """Drop what was recorded since the last step."""
+        self._pairs = []
+
     def settle(self) -> None:
         """Write the spans of all pairs. Blocks until the last event has passed."""
         pairs, self._pairs = self._pairs, []

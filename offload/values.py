@@ -82,11 +82,13 @@ class Values:
 
     def _write(self, layout: UnitLayout, values: dict[nn.Parameter, HostParameter]) -> None:
         self._before_write(layout.unit.index)
-        self._access.write(layout, values)
-        for parameter, value in values.items():
-            if parameter in self._counts:
-                self._counts[parameter] = value.step
-        self._after_write(layout.unit.index)
+        try:
+            self._access.write(layout, values)
+            for parameter, value in values.items():
+                if parameter in self._counts:
+                    self._counts[parameter] = value.step
+        finally:
+            self._after_write(layout.unit.index)
 
     def states(self) -> dict[nn.Parameter, HostParameter]:
         """All trainable parameters with their optimizer states."""

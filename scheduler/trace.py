@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,6 +51,12 @@ class Trace:
         with self._lock:
             self._waits.append(wait)
 
+    def forget_fetches(self) -> None:
+        """Drop the fetches of parameters and the waits for them; what else was moved stays on record."""
+        with self._lock:
+            self._spans = [span for span in self._spans if span.kind != "param"]
+            self._waits = []
+
     def drain(self) -> tuple[list[Span], list[Wait]]:
         """Return all spans and waits recorded since the last call and forget them."""
         with self._lock:
@@ -91,13 +98,19 @@ def exposed_s(spans: Iterable[Span], waits: Iterable[Wait]) -> dict[str, float]:
     first, so that no second is charged twice. What no operation of u covers is charged to whichever operation
     was in service then (u stood behind it), and what is left, to `cpu` (the host's own bookkeeping).
     """
-    spans = sorted(spans, key=lambda span: span.start_s)
+    ordered = sorted((span for span in spans if span.lane != "compute"), key=lambda span: span.start_s)
+    of_unit: dict[str, list[Span]] = {}
+    for span in ordered:
+        of_unit.setdefault(span.unit, []).append(span)
+    starts = [span.start_s for span in ordered]
+    longest_s = max((span.end_s - span.start_s for span in ordered), default=0.0)
     total = dict.fromkeys(LANES, 0.0)
     for wait in waits:
-        own = [(s.lane, s.queued_s, s.end_s) for s in spans if s.unit == wait.unit]
-        others = [(s.lane, s.start_s, s.end_s) for s in spans if s.unit != wait.unit and s.lane != "compute"]
+        near = ordered[bisect_left(starts, wait.start_s - longest_s) : bisect_right(starts, wait.end_s)]
+        intervals = [(span.lane, span.queued_s, span.end_s) for span in of_unit.get(wait.unit, ())]
+        intervals += [(span.lane, span.start_s, span.end_s) for span in near if span.unit != wait.unit]
         gaps = [(wait.start_s, wait.end_s)]
-        for lane, start, end in own + others:
+        for lane, start, end in intervals:
             gaps = _charge(total, lane, start, end, gaps)
             if not gaps:
                 break

@@ -172,3 +172,43 @@ def test_a_stall_is_waited_for(tmp_path: Path, expected: list[float], drives: li
         timer.start()
         assert train(engine, 0, 10) == expected
         timer.join()
+
+
+@pytest.mark.timeout(60)
+def test_a_gradient_that_failed_to_land_is_never_used(
+    tmp_path: Path, expected: list[float], drives: list[FaultyBackend]
+) -> None:
+    with build(tmp_path / "run") as engine:
+        losses = train(engine, 0, 2)
+        drives[1].faults.append(Fault(operation="write", number=errno.EIO, times=None))
+        engine.backward(engine(batch(2)).square().mean())
+        for use in (engine.step, lambda: engine.clip_grad_norm_(1.0), engine.step):
+            with pytest.raises(OffloadIOError):
+                use()
+        drives[1].faults.clear()
+        engine.optimizer.zero_grad()
+        assert losses + train(engine, 2, 10) == expected
+
+
+@pytest.mark.timeout(60)
+def test_a_construction_that_fails_gives_the_values_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    write, count = Store.write, 0
+
+    async def failing(self: Store, *args: Any, **settings: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await write(self, *args, **settings)
+
+    monkeypatch.setattr(Store, "write", failing)
+    config = OffloadConfig(nvme=tmp_path, homes=ALL_NVME, host_memory="1MiB", device="cpu")
+    with pytest.raises(OSError, match="No space left"):
+        OffloadEngine(module, AdamW(), config)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+    monkeypatch.undo()
+    with OffloadEngine(module, AdamW(), config) as engine:  # nothing was left half-made
+        assert torch.equal(engine.state_dict()["0.weight"], before["0.weight"])

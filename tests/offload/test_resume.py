@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offload import SGD, AdamW, OffloadConfig, OffloadEngine
-from offload.store import StoreError, StoreExists, StoreMismatch
+from offload.store import Store, StoreError, StoreExists, StoreMismatch
 
 ALL_NVME = {"param": "nvme", "states": "nvme", "grad": "nvme"}
 ALL_HOST = {"param": "host", "states": "host", "grad": "host"}
@@ -209,3 +210,33 @@ def test_tracking_needs_a_state(tmp_path: Path) -> None:
 def test_settings_that_contradict_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"durability|resume|rated_endurance"):
         OffloadConfig(**settings)
+
+
+def test_a_skipped_step_does_not_overtake_the_commit_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy of step 1 is slow; step 2 changes nothing, has nothing to copy and must still be sealed after step 1."""
+    write = Store.write
+
+    async def slow_write(self: Store, key: str, piece: int, buffer: Tensor, **settings: Any) -> None:
+        if settings:  # copies of what rests in host memory say how soon they are needed
+            await asyncio.sleep(0.05)
+        await write(self, key, piece, buffer, **settings)
+
+    engine = build(tmp_path, homes=ALL_HOST, dtype=torch.float32)
+    scheduler = schedule(engine)
+    monkeypatch.setattr(Store, "write", slow_write)
+    train(engine, scheduler, 1)
+    expected = snapshot(engine)
+    engine.backward(engine(torch.full((16, 32), float("nan"))))
+    assert engine.step().skipped
+    engine.eval()
+    with torch.no_grad():
+        engine(torch.zeros(16, 32))  # enters the engine: step 2 is launched
+    engine._log.settle()
+    assert engine.steps_done == 2
+    engine._log = None  # a crash
+    engine.close()
+    monkeypatch.undo()
+    with build(tmp_path, homes=ALL_HOST, dtype=torch.float32, resume=True) as engine:
+        found = snapshot(engine)
+        assert engine.steps_done == 2
+        assert [n for n in expected if "buffer" not in n and not torch.equal(found[n], expected[n])] == []
