@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import layout as layouts_module
-from .config import OffloadConfig
+from .config import OffloadConfig, usable_cores
 from .homes import Home
 from .layout import KINDS, UnitLayout
 from .optimizers import OptimizerSpec
@@ -77,7 +76,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     lanes = Lanes(
         Trace(),
         num_io_threads=IO_THREADS_PER_DIRECTORY * max(1, len(config.nvme_directories)),
-        num_cpu_threads=max(1, os.cpu_count() or 1),
+        num_cpu_threads=usable_cores(),
     )
     with contextlib.ExitStack() as undo:
         undo.callback(lanes.close)

@@ -169,13 +169,19 @@ class OffloadConfig:
         if device.one_memory:
             return 0
         if self.device_memory == "auto":
-            return (device.total_nbytes() or 0) * 8 // 10
+            return (device.free_nbytes() or 0) * 8 // 10
         return parse_size(self.device_memory, "device_memory")
 
 
 def _check_dtype(dtype: Any) -> None:
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype={dtype!r}; the compute dtype is torch.bfloat16 or torch.float32")
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def available_host_nbytes() -> int:

@@ -504,8 +504,9 @@ def _first_order(sites: tuple[CallSite, ...]) -> dict[str, list[int]]:
 
 def _close_all() -> None:
     """Commit the last step of engines that nobody closed, and let their threads end with the interpreter."""
-    for engine in list(_open_engines):
-        engine.close()
+    with contextlib.ExitStack() as every_one:  # one that fails to close does not keep the others from committing
+        for engine in list(_open_engines):
+            every_one.callback(engine.close)
 
 
 # Executors refuse work once `threading` has shut them down, and atexit comes after that; the last commit needs them.

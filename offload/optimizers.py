@@ -104,6 +104,8 @@ class OptimizerSpec(ABC):
         groups = []
         for number, group in enumerate(given):
             members = []
+            if "params" not in group:
+                raise ValueError(f'group {number} has no "params"; list its parameters or their names there')
             for entry in group["params"]:
                 info = by_name.get(entry) if isinstance(entry, str) else by_parameter.get(entry)
                 if info is None:

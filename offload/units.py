@@ -45,10 +45,6 @@ class Unit:
     def numel(self) -> int:
         return sum(info.numel for info in self.parameters)
 
-    @property
-    def trainable(self) -> bool:
-        return any(info.trainable for info in self.parameters)
-
 
 @dataclass(frozen=True, eq=False)
 class CallSite:

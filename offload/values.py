@@ -139,7 +139,10 @@ class Values:
         names = set(self._names_in_state_dict())
         missing, unexpected = sorted(names - set(state_dict)), sorted(set(state_dict) - names)
         if strict and (missing or unexpected):
-            raise KeyError(f"state_dict does not fit: missing {missing[:5]}, unexpected {unexpected[:5]}")
+            raise KeyError(
+                f"state_dict does not fit: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
+                f"({len(unexpected)} in all); give the state dict of this model, or strict=False to load what fits"
+            )
         for name, value in state_dict.items():
             if name in shapes and value.shape != shapes[name]:
                 raise ValueError(

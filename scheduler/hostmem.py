@@ -11,7 +11,7 @@ _HUGE_NBYTES = 2 << 20
 
 
 def allocate_pages(nbytes: int) -> Tensor:
-    """An uninitialised (zero) uint8 [nbytes] buffer that starts on a page, fit for direct I/O.
+    """A zeroed uint8 [nbytes] buffer that starts on a page, fit for direct I/O.
 
     An own anonymous mapping, because malloc keeps freed memory and promises 16 bytes of alignment only.
     """

@@ -39,7 +39,15 @@ class LoopThread:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run `coroutine` on the loop and block the caller until it returns or raises."""
+        """Run `coroutine` on the loop and block the caller until it returns or raises.
+
+        Raises: RuntimeError on the loop's own thread, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeError(
+                "LoopThread.run on the loop's own thread would wait for itself; await the coroutine there"
+            )
         return self.submit(coroutine).result()
 
     def call_soon(self, callback: Any, *args: Any) -> None:

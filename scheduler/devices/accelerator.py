@@ -114,9 +114,9 @@ class AcceleratorDevice(Device):
         event.record(torch.accelerator.current_stream(self.torch_device))
         return StreamEvent(self, event)
 
-    def total_nbytes(self) -> int | None:
-        free_nbytes, _ = self._module.mem_get_info(self.torch_device)
-        return int(free_nbytes)
+    def free_nbytes(self) -> int | None:
+        free, _ = self._module.mem_get_info(self.torch_device)
+        return int(free)
 
     def rng_state(self) -> Tensor | None:
         return self._module.get_rng_state(self.torch_device)

@@ -23,7 +23,7 @@ class FakeDevice(Device):
     Args:
         seed: of the random delays.
         max_delay_s: each copy waits a uniform time in [0, max_delay_s) twice.
-        capacity_nbytes: what `total_nbytes` says, for device_memory="auto".
+        capacity_nbytes: what `free_nbytes` says, for device_memory="auto".
     """
 
     name = "fake"
@@ -62,5 +62,5 @@ class FakeDevice(Device):
     def poison(self) -> bool:
         return True
 
-    def total_nbytes(self) -> int | None:
+    def free_nbytes(self) -> int | None:
         return self._capacity_nbytes

@@ -77,8 +77,8 @@ class Device(ABC):
         """Whether buffers are filled with NaN as soon as they are given back (the fake device does)."""
         return False
 
-    def total_nbytes(self) -> int | None:
-        """Memory of the device in bytes, or None where device and host are the same memory."""
+    def free_nbytes(self) -> int | None:
+        """Free memory of the device in bytes, or None where device and host are the same memory."""
         return None
 
     def rng_state(self) -> Tensor | None:

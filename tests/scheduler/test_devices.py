@@ -100,7 +100,7 @@ def test_copy_of_another_size_is_refused() -> None:
 
 def test_one_memory_refuses_to_copy() -> None:
     device = OneMemoryDevice()
-    assert device.one_memory and device.total_nbytes() is None
+    assert device.one_memory and device.free_nbytes() is None
     for copy in (device.upload, device.download):
         with pytest.raises(AssertionError, match="one memory"):
             copy(device.allocate(64), device.allocate_host(64), None)
