@@ -115,8 +115,8 @@ class Bindings:
                     self._placeholder[parameter].install()
         if edited:
             raise PlaceholderOverwritten(
-                f"{' and '.join(map(repr, edited))} was edited in place, but the values live in the engine and the edit "
-                f"would be lost; edit inside `with engine.gather({edited[0]!r}, write=True) as parameters:`"
+                f"{' and '.join(map(repr, edited))} was edited in place, but the values live in the engine, so the "
+                f"edit would be lost; edit inside `with engine.gather({edited[0]!r}, write=True) as parameters:`"
             )
 
     def close(self) -> None:
