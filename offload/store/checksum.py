@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xxhash import xxh3_64_digest
+import numpy as np
+from xxhash import xxh3_64_digest, xxh3_64_hexdigest
 
 from .layout import STRIPE_NBYTES
 
@@ -16,6 +17,11 @@ def block_digests(view: memoryview) -> bytes:
     if len(view) <= BLOCK_NBYTES:
         return xxh3_64_digest(view)
     return b"".join(xxh3_64_digest(view[start : start + BLOCK_NBYTES]) for start in range(0, len(view), BLOCK_NBYTES))
+
+
+def small_checksum(piece: np.ndarray) -> str:
+    """Checksum of a whole piece of at most one block, uint8 [nbytes]; the same as `piece_checksum` gives."""
+    return xxh3_64_hexdigest(piece)
 
 
 def piece_checksum(digests: Sequence[bytes]) -> str:

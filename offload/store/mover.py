@@ -6,16 +6,28 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from ..scheduler.lanes import Lane, Lanes
-from ..scheduler.storage import Backend, DriveQueue, DriveTuning, StorageFile, read_batch, read_fully, write_fully
-from .checksum import block_digests, piece_checksum
+from ..scheduler.storage import (
+    Backend,
+    DriveQueue,
+    DriveTuning,
+    ReadBatch,
+    StorageFile,
+    read_batch,
+    read_fully,
+    view_of,
+    write_fully,
+)
+from .checksum import block_digests, piece_checksum, small_checksum
 from .extent import Extent
 from .gate import Gate
+from .gather import Gather, PieceTable
 from .layout import Layout, Segment, file_name, stem_of
-
-SMALL_NBYTES = 256 << 10  # up to here a piece is better read together with others than in a thread of its own
-BATCH_PIECES = 512
+from .plan import ReadPlan
 
 
 @dataclass(slots=True)
@@ -37,9 +49,9 @@ def _write_job(gate: Gate, file: StorageFile, view: memoryview, offset: int) -> 
         return write_fully(file, view, offset)
 
 
-def _batch_job(gate: Gate, files: list[StorageFile], views: list[memoryview], offsets: list[int]) -> int:
+def _batch_job(gate: Gate, batch: ReadBatch, hashed: bool) -> tuple[int, list[Any]]:
     with gate:
-        return read_batch(files, views, offsets)
+        return read_batch(batch, small_checksum if hashed else None)
 
 
 class Mover:
@@ -61,15 +73,18 @@ class Mover:
         self._hash_writes = hash_writes
         self._files: dict[tuple[int, str], StorageFile] = {}
         self._files_lock = threading.Lock()
+        self._tables: dict[str, PieceTable] = {}
+        self._sizes: dict[str, np.ndarray] = {}
         self._chunk_nbytes = [tuning.chunk_nbytes for tuning in tunings]
         # Each drive gets its share of the lane's threads, so that a slow drive cannot take all of them.
         threads = max(1, lanes.read.num_threads // len(backends))
+        # One request more than the best depth: while one is handed from thread to thread the drive has the others.
         # `tuning.depth` is per direction: with the drive's best depth of reads in flight a write needs its own place.
         self.queues = [
             DriveQueue(
                 str(backend.root),
                 depth=2 * tuning.depth,
-                lane_depth=min(threads, tuning.depth),
+                lane_depth=min(threads, tuning.depth + 1),
                 max_in_flight_nbytes=max_in_flight_nbytes,
             )
             for backend, tuning in zip(backends, tunings, strict=True)
@@ -112,57 +127,62 @@ class Mover:
         self.traffic.written_nbytes += len(view)
         return checksum
 
-    async def read_many(self, wanted: Sequence[tuple[Extent, int, int, memoryview]], needed: int) -> list[str | None]:
-        """Checksums of many pieces (extent, piece, slot, view), read together where they are small.
+    def sizes(self, key: str) -> np.ndarray:
+        """Lengths of the pieces of an extent, int64 [num_pieces]."""
+        known = self._sizes.get(key)
+        if known is None:
+            runs_of = self._layout.segments[key]
+            known = self._sizes[key] = np.array([sum(run.nbytes for run in runs) for runs in runs_of])
+        return known
+
+    async def read_many(self, gathers: Sequence[Gather], needed: int) -> list[list[str | None]]:
+        """Checksums of all pieces of each gather, read together where they are small, None where hashing is off.
 
         Raises: the first failure, after every request has ended.
         """
-        batches: dict[int, list[int]] = {}
-        single = []
-        for index, (extent, piece, _, view) in enumerate(wanted):
-            runs = self._layout.segments[extent.key][piece]
-            if len(runs) == 1 and len(view) <= SMALL_NBYTES:
-                batches.setdefault(runs[0].directory, []).append(index)
-            else:
-                single.append(index)
-        checksums: list[str | None] = [None] * len(wanted)
+        found: list[list[str | None]] = [[None] * len(member.pieces) for member in gathers]
+        plan = ReadPlan(gathers, [self._table(member.extent.key) for member in gathers], self._file_of)
 
-        async def one(index: int) -> None:
-            checksums[index] = await self.read(*wanted[index], needed)
+        async def one(owner: int, index: int) -> None:
+            member = gathers[owner]
+            view = view_of(member.buffers[index])
+            found[owner][index] = await self.read(
+                member.extent, member.pieces[index], member.slots[index], view, needed
+            )
 
-        async def some(directory: int, indices: list[int]) -> None:
-            chosen = [wanted[index] for index in indices]
-            runs = [self._layout.segments[extent.key][piece][0] for extent, piece, _, _ in chosen]
-            known: dict[tuple[str, int], StorageFile] = {}
-            for extent, _, slot, _ in chosen:
-                if (extent.key, slot) not in known:
-                    name = file_name(stem_of(extent.unit), slot, extent.scratch)
-                    known[extent.key, slot] = self.file(directory, name)
-            files = [known[extent.key, slot] for extent, _, slot, _ in chosen]
-            views = [view for _, _, _, view in chosen]
-            nbytes = sum(map(len, views))
-            hashed = self._hash_reads
-            num_retries, digests = await self.queues[directory].run(
-                self._lanes.read, _batch_job, self._gate, files,
-                views, [run.offset for run in runs],
-                after=lambda num_retries: (num_retries, [block_digests(v) if hashed else b"" for v in views]),
-                unit=chosen[0][0].unit, kind=chosen[0][0].kind, nbytes=nbytes, needed=needed,
-                label=f"read of {len(chosen)} pieces from {chosen[0][0].key}[{chosen[0][1]}] on",
-            )  # fmt: skip
+        async def some(directory: int, chosen: np.ndarray) -> None:
+            batch, first = plan.batch(chosen), plan.extent_of(chosen[0])
+            nbytes = int(batch.nbytes.sum())
+            try:
+                num_retries, checksums = await self.queues[directory].run(
+                    self._lanes.read, _batch_job, self._gate, batch, self._hash_reads,
+                    unit=first.unit, kind=first.kind, nbytes=nbytes, needed=needed,
+                    label=f"read of {len(batch)} pieces from {first.key}[{plan.piece_of(chosen[0])}] on",
+                )  # fmt: skip
+            except OSError as error:
+                error.add_note(f"while read moved {plan.described(chosen, error)}")
+                raise
             self.traffic.num_retries += num_retries
             self.traffic.read_nbytes += nbytes
-            for index, digest in zip(indices, digests, strict=True):
-                checksums[index] = piece_checksum([digest]) if self._hash_reads else None
+            for owner, index, checksum in zip(
+                plan.owner[chosen].tolist(), plan.index[chosen].tolist(), checksums, strict=True
+            ):
+                found[owner][index] = checksum
 
         await _all(
-            [one(index) for index in single]
-            + [
-                some(directory, indices[start : start + BATCH_PIECES])
-                for directory, indices in batches.items()
-                for start in range(0, len(indices), BATCH_PIECES)
-            ]
+            [one(int(plan.owner[at]), int(plan.index[at])) for at in np.flatnonzero(plan.directory < 0)]
+            + [some(directory, chosen) for directory, chosen in plan.batches(len(self.queues))]
         )
-        return checksums
+        return found
+
+    def _table(self, key: str) -> PieceTable:
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = PieceTable.of(self._layout.segments[key])
+        return table
+
+    def _file_of(self, extent: Extent, directory: int, slot: int) -> StorageFile:
+        return self.file(directory, file_name(stem_of(extent.unit), slot, extent.scratch))
 
     async def _move(self, lane: Lane, job, hashed, extent, piece, slot, view, needed) -> str | None:  # type: ignore[no-untyped-def]
         name = file_name(stem_of(extent.unit), slot, extent.scratch)

@@ -21,6 +21,7 @@ from .errors import ChecksumError, StoreError
 from .extent import Extent
 from .folder import Folders, clear_dead_runs, open_folders, remove_store_files
 from .gate import Gate
+from .gather import Gather, gather, wrong_buffer
 from .genesis import Genesis, commit_interval
 from .layout import Layout, plan_layout
 from .mover import Mover
@@ -192,16 +193,25 @@ class Store:
         Raises: as `read`, the first failure after every request has ended.
         """
         self._enter()
-        begun = []
-        for key, piece, buffer in wanted:
-            slots, view = self._begin(key, piece, buffer)
-            begun.append((slots.extent, piece, slots.source(piece), view))
-        found = await self._mover.read_many(begun, needed)
-        if self._verify:
-            for (extent, piece, slot, _), checksum in zip(begun, found, strict=True):
-                expected = self._slots[extent.key].checksums[slot][piece]
-                if expected is not None and checksum != expected:
-                    raise self._damaged(extent, piece, slot, expected, str(checksum))
+        by_key: dict[str, list[int]] = {}
+        for index, (key, _, _) in enumerate(wanted):
+            by_key.setdefault(key, []).append(index)
+        gathers = []
+        for key, indices in by_key.items():
+            slots, sizes = self._extent(key), self._mover.sizes(key)
+            gathers.append(gather(slots, sizes, [wanted[i][1] for i in indices], [wanted[i][2] for i in indices]))
+        for known, found in zip(gathers, await self._mover.read_many(gathers, needed), strict=True):
+            if self._verify:
+                self._compare(known, found)
+
+    def _compare(self, known: Gather, found: Sequence[str | None]) -> None:
+        checksums = self._slots[known.extent.key].checksums
+        expected = [checksums[slot][piece] for slot, piece in zip(known.slots, known.pieces, strict=True)]
+        if expected == found:
+            return
+        for piece, slot, wanted, got in zip(known.pieces, known.slots, expected, found, strict=True):
+            if wanted is not None and got != wanted:
+                raise self._damaged(known.extent, piece, slot, wanted, str(got))
 
     async def write(self, key: str, piece: int, buffer: Tensor, *, needed: int = NEEDED_LATER) -> None:
         """Write `buffer` (uint8 [piece_nbytes], page-aligned host memory) as the newest bytes of a piece.
@@ -232,15 +242,17 @@ class Store:
         self._loop = asyncio.get_running_loop()
 
     def _begin(self, key: str, piece: int, buffer: Tensor) -> tuple[ExtentSlots, memoryview]:
+        slots, view = self._extent(key), view_of(buffer)
+        sizes = slots.extent.piece_nbytes
+        if not 0 <= piece < len(sizes) or len(view) != sizes[piece]:
+            raise wrong_buffer(slots.extent, piece, len(view))
+        return slots, view
+
+    def _extent(self, key: str) -> ExtentSlots:
         slots = self._slots.get(key)
         if slots is None:
             raise StoreError(f"the store has no extent {key!r}; it was created with {list(self._slots)[:8]}")
-        view = view_of(buffer)
-        sizes = slots.extent.piece_nbytes
-        if not 0 <= piece < len(sizes) or len(view) != sizes[piece]:
-            wanted = f"{sizes[piece]} bytes" if 0 <= piece < len(sizes) else f"0..{len(sizes) - 1}"
-            raise StoreError(f"{key}: piece {piece} with a buffer of {len(view)} bytes, expected {wanted}")
-        return slots, view
+        return slots
 
     def _damaged(self, extent: Extent, piece: int, slot: int, expected: str, found: str) -> ChecksumError:
         path, offset = self._mover.place(extent, piece, slot)

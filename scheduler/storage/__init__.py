@@ -1,11 +1,11 @@
 """Blocking storage and what is known of drives: backends, whole transfers, queues, probes. Knows no model."""
 
 from .backend import ALIGN_NBYTES, Backend, StorageFile
-from .batch import read_batch
+from .batch import ReadBatch, read_batch
 from .drive import DriveTuning, file_system
 from .errors import NoSpace, OffloadIOError
 from .faults import Fault, FaultyBackend
-from .files import PosixBackend, PosixFile, ensure_descriptors, open_backend, prove, view_of
+from .files import PosixBackend, PosixFile, address_of, ensure_descriptors, open_backend, prove, view_of
 from .memory import MemoryBackend
 from .paced import Pace, PacedBackend
 from .power import OperationLog, RecordingBackend
@@ -35,8 +35,10 @@ __all__ = [
     "PosixFile",
     "ProbeReport",
     "QueueStatistics",
+    "ReadBatch",
     "RecordingBackend",
     "StorageFile",
+    "address_of",
     "ensure_descriptors",
     "file_system",
     "flush_fully",

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import platform
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .backend import StorageFile
-from .files import PosixFile, address_of
+from .backend import ALIGN_NBYTES, StorageFile
+from .files import PosixFile
 from .transfer import read_fully
 
-DEPTH = 64
+DEPTH = 128
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}  # io_setup, io_destroy, io_getevents, io_submit
 _OPCODE_READ = 0
 _REQUEST = np.dtype(
@@ -28,61 +31,121 @@ _REQUEST = np.dtype(
 )  # fmt: skip
 _ANSWER = np.dtype([("data", "u8"), ("request", "u8"), ("moved", "i8"), ("moved2", "i8")])
 
+Look = Callable[[np.ndarray], Any]
 
-def read_batch(files: Sequence[StorageFile], views: Sequence[memoryview], offsets: Sequence[int]) -> int:
-    """Fill every view from its file and offset. Blocks. Returns how many requests had to be retried.
 
-    Requests of files with direct I/O go to the kernel together; all others, and every request that came back short
-    or failed, go through `read_fully`, so retries and errors are the same. Raises: OffloadIOError.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ReadBatch:
+    """Reads to be done together: arrays with one entry per read, so that nothing is done piece by piece in Python.
+
+    Attributes:
+        files: the different files.
+        file: int64 [n], index in `files`.
+        offset: int64 [n], first byte in the file.
+        address: int64 [n], where in memory the bytes go; the caller keeps that memory alive and untouched.
+        nbytes: int64 [n].
     """
-    left = range(len(files))
-    descriptors = [
-        file._descriptor(view, offset) if isinstance(file, PosixFile) else -1
-        for file, view, offset in zip(files, views, offsets, strict=True)
-    ]
-    direct = [i for i in left if descriptors[i] >= 0 and descriptors[i] == files[i]._direct]  # type: ignore[attr-defined]
-    done: set[int] = set()
-    if len(direct) > 1 and platform.machine() in _CALLS:
-        done = _read_together(direct, descriptors, views, offsets)
-    return sum(read_fully(files[i], views[i], offsets[i]) for i in left if i not in done)
+
+    files: Sequence[StorageFile]
+    file: np.ndarray
+    offset: np.ndarray
+    address: np.ndarray
+    nbytes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def views(self) -> list[np.ndarray]:
+        """The memory of each read, as writable uint8 arrays. Neighbours of one size are made together."""
+        apart = (self.address[1:] != self.address[:-1] + self.nbytes[:-1]) | (self.nbytes[1:] != self.nbytes[:-1])
+        edges = [0, *(np.flatnonzero(apart) + 1).tolist(), len(self)]
+        views: list[np.ndarray] = []
+        for start, end in itertools.pairwise(edges):
+            size = int(self.nbytes[start])
+            memory = (ctypes.c_ubyte * (size * (end - start))).from_address(int(self.address[start]))
+            views += list(np.frombuffer(memory, dtype=np.uint8).reshape(end - start, size))
+        return views
+
+
+def read_batch(batch: ReadBatch, look: Look | None = None) -> tuple[int, list[Any]]:
+    """Do every read of `batch`. Blocks. Returns how many requests had to be retried, and what `look` made of each read.
+
+    `look` gets the filled memory of one read, in this thread, as soon as its bytes are there and while the drive is
+    busy with others: for checksums. Without it the results are None.
+
+    Aligned reads of files with direct I/O go to the kernel together; all others, and every request that came back
+    short or failed, go through `read_fully`, so retries and errors are the same. Raises: OffloadIOError, and what
+    `look` raises.
+    """
+    if not len(batch):
+        return 0, []
+    views, seen, num_retries = batch.views(), [None] * len(batch), 0
+    descriptors = np.array([file.direct_descriptor if isinstance(file, PosixFile) else -1 for file in batch.files])
+    aligned = (batch.offset | batch.address | batch.nbytes) % ALIGN_NBYTES == 0
+    together = np.flatnonzero(aligned & (descriptors[batch.file] >= 0) & (batch.nbytes > 0))
+    left = np.ones(len(batch), dtype=bool)
+    if len(together) > 1 and platform.machine() in _CALLS:
+        left[_read_together(batch, together, descriptors, views, look, seen)] = False
+    for index in np.flatnonzero(left).tolist():
+        file = batch.files[int(batch.file[index])]
+        num_retries += read_fully(file, memoryview(views[index]), int(batch.offset[index]))
+        seen[index] = look(views[index]) if look else None
+    return num_retries, seen
 
 
 def _read_together(
-    chosen: Sequence[int], descriptors: Sequence[int], views: Sequence[memoryview], offsets: Sequence[int]
-) -> set[int]:
+    batch: ReadBatch, chosen: np.ndarray, descriptors: np.ndarray, views: list[np.ndarray], look: Look | None,
+    seen: list[Any],
+) -> list[int]:  # fmt: skip
     """Read what the kernel reads in full; returns the indices of those requests. Never raises for a failed read.
 
-    Invariant: when this returns, no request is in flight; the kernel would go on writing into the buffers.
+    Invariant: when this returns or raises, no request is in flight; the kernel would go on writing into the buffers.
     """
     context = _context()
     if context is None:
-        return set()  # the system's limit of asynchronous requests is used up: the plain way does it all
-    requests = np.zeros(len(chosen), dtype=_REQUEST)
-    requests["data"] = np.arange(len(chosen))
+        return []  # the system's limit of asynchronous requests is used up: the plain way does it all
+    total = len(chosen)
+    requests = np.zeros(total, dtype=_REQUEST)
+    requests["data"] = chosen
     requests["opcode"] = _OPCODE_READ
-    requests["descriptor"] = [descriptors[i] for i in chosen]
-    requests["address"] = [address_of(views[i]) for i in chosen]
-    requests["nbytes"] = [len(views[i]) for i in chosen]
-    requests["offset"] = [offsets[i] for i in chosen]
-    pointers = np.arange(len(chosen), dtype=np.uint64) * _REQUEST.itemsize + np.uint64(requests.ctypes.data)
-    answers = np.zeros(DEPTH, dtype=_ANSWER)
-    moved = np.full(len(chosen), -1, dtype=np.int64)
-    sent, got, refused = 0, 0, False
-    while got < sent or (sent < len(chosen) and not refused):
-        room = min(DEPTH - (sent - got), len(chosen) - sent)
-        if room and not refused:
-            taken = context.submit(room, pointers.ctypes.data + 8 * sent)
-            refused = taken <= 0
-            sent += max(0, taken)
-        if sent > got:
-            num = context.collect(max(1, (sent - got) // 4), answers.ctypes.data)
-            if num < 0:
-                context.close()  # returns only when nothing is in flight any more
-                _thread.pid = None
-                break
-            moved[answers["data"][:num].astype(np.int64)] = answers["moved"][:num]
-            got += num
-    return {chosen[int(i)] for i in np.flatnonzero(moved == requests["nbytes"].astype(np.int64))}
+    requests["descriptor"] = descriptors[batch.file[chosen]]
+    requests["address"] = batch.address[chosen]
+    requests["nbytes"] = batch.nbytes[chosen]
+    requests["offset"] = batch.offset[chosen]
+    pointers = np.arange(total, dtype=np.uint64) * _REQUEST.itemsize + np.uint64(requests.ctypes.data)
+    answers = np.zeros(total + DEPTH, dtype=_ANSWER)
+    at_pointers, at_answers = pointers.ctypes.data, answers.ctypes.data
+    sent, got, refused, done, fresh = 0, 0, False, [], []  # type: int, int, bool, list[int], list[int]
+    try:
+        while got < sent or (sent < total and not refused):
+            room = min(DEPTH - (sent - got), total - sent)
+            if room and not refused:
+                taken = context.submit(room, at_pointers + pointers.itemsize * sent)
+                refused = taken <= 0
+                sent += max(0, taken)
+            _look_at(fresh, views, look, seen)  # only now: the drive has its next requests
+            fresh = []
+            if sent > got:
+                num = context.collect(max(1, (sent - got) // 4), at_answers + _ANSWER.itemsize * got)
+                if num < 0:
+                    _forget(context)
+                    break
+                part = answers[got : got + num]
+                which = part["data"].astype(np.int64)
+                fresh = which[part["moved"] == batch.nbytes[which]].tolist()
+                done += fresh
+                got += num
+        _look_at(fresh, views, look, seen)
+    except BaseException:
+        _forget(context)
+        raise
+    return done
+
+
+def _look_at(fresh: list[int], views: list[np.ndarray], look: Look | None, seen: list[Any]) -> None:
+    if look is not None:
+        for index in fresh:
+            seen[index] = look(views[index])
 
 
 class _Context:
@@ -132,6 +195,12 @@ def _context() -> _Context | None:
         except OSError:
             _thread.context = None
     return _thread.context
+
+
+def _forget(context: _Context) -> None:
+    """End this thread's queue; returns only when nothing is in flight any more. The next batch makes another."""
+    context.close()
+    _thread.pid = None
 
 
 def supported() -> bool:

@@ -47,6 +47,11 @@ class PosixFile:
                 os.close(self._buffered)
                 raise
 
+    @property
+    def direct_descriptor(self) -> int:
+        """Descriptor that passes by the page cache, for aligned requests only; -1 if there is none."""
+        return -1 if self._direct is None else self._direct
+
     def _descriptor(self, buffer: memoryview, offset: int) -> int:
         if self._direct is None or offset % ALIGN_NBYTES or len(buffer) % ALIGN_NBYTES or not len(buffer):
             return self._buffered

@@ -5,10 +5,19 @@ import os
 import random
 import threading
 
+import numpy as np
 import pytest
 
 from offload.scheduler.hostmem import allocate_pages
-from offload.scheduler.storage import Fault, FaultyBackend, OffloadIOError, PosixBackend, read_batch, view_of
+from offload.scheduler.storage import (
+    Fault,
+    FaultyBackend,
+    OffloadIOError,
+    PosixBackend,
+    ReadBatch,
+    address_of,
+    view_of,
+)
 from offload.scheduler.storage import batch as batch_module
 
 PAGE = 4096
@@ -23,6 +32,24 @@ def build(tmp_path, num_pages=64, direct=True):
 def views_of(num, nbytes=PAGE):
     buffer = view_of(allocate_pages(num * nbytes))
     return [buffer[i * nbytes : (i + 1) * nbytes] for i in range(num)]
+
+
+def batch_of(files, views, offsets):
+    known = list(dict.fromkeys(files))
+    return ReadBatch(
+        files=known,
+        file=np.array([known.index(file) for file in files]),
+        offset=np.array(offsets),
+        address=np.array([address_of(view) for view in views]),
+        nbytes=np.array([len(view) for view in views]),
+    )
+
+
+def read_batch(files, views, offsets):
+    """Reads, and checks that every read was looked at once its bytes were there."""
+    num_retries, seen = batch_module.read_batch(batch_of(files, views, offsets), lambda view: bytes(view))
+    assert seen == [bytes(view) for view in views]
+    return num_retries
 
 
 @pytest.mark.parametrize("num", [1, 2, 63, 64, 65, 1000])
@@ -40,8 +67,10 @@ def test_the_kernel_reads_them_together_where_it_can(tmp_path):
     file, views = backend.open("f"), views_of(100)
     if not batch_module.supported() or batch_module._context() is None:
         pytest.skip("no kernel asynchronous I/O here")
-    done = batch_module._read_together(range(100), [file._direct] * 100, views, [0] * 100)
-    assert done == set(range(100))
+    batch = batch_of([file] * 100, views, [0] * 100)
+    descriptors, every = np.array([file.direct_descriptor]), np.arange(100)
+    done = batch_module._read_together(batch, every, descriptors, batch.views(), None, [None] * 100)
+    assert sorted(done) == list(range(100))
     assert all(view == data[:PAGE] for view in views)
     file.close()
 
