@@ -37,6 +37,7 @@ class Bindings:
         }
         self._binds: dict[nn.Parameter, int] = {}
         self._private: dict[nn.Parameter, tuple[int, int] | None] = {}
+        self._for_graph: set[nn.Parameter] = set()
         self._closed = False
 
     def release(self, parameter: nn.Parameter) -> None:
@@ -74,6 +75,8 @@ class Bindings:
         Args:
             outside_of_forward: nobody computes just now, so an edit by hand is possible and will be looked for.
         """
+        if torch.is_grad_enabled() and parameter in self._placeholder:
+            self._for_graph.add(parameter)
         if self._binds.get(parameter) or parameter in self._private or parameter not in self._placeholder:
             return parameter
         if self._closed:
@@ -100,14 +103,19 @@ class Bindings:
     def private_nbytes(self) -> int:
         return sum(parameter.nbytes for parameter in list(self._private))
 
-    def drop_private(self) -> None:
-        """Let go of all private copies.
+    def drop_private(self, keep_for_graphs: bool = False) -> None:
+        """Let go of private copies: all, or those that no graph can hold because they were read without gradients.
+
+        A graph saves the parameter itself and not its data, so its copy must stay until its backward is over.
 
         Raises: PlaceholderOverwritten if one that was read outside of a forward was edited: the edit would be lost.
         """
         edited = []
         with self._lock:
-            private, self._private = self._private, {}
+            kept = {p: f for p, f in self._private.items() if keep_for_graphs and p in self._for_graph}
+            private = {p: f for p, f in self._private.items() if p not in kept}
+            self._private = kept
+            self._for_graph = set(kept)
             for parameter, fingerprint in private.items():
                 if not self._binds.get(parameter):
                     if _is_edited(parameter.data, fingerprint):

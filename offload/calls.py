@@ -147,8 +147,19 @@ class Call:
         args, kwargs = self.rebuild(leaves)
         with torch.enable_grad(), self.autocast.applied():
             result = self.forward.original(*args, **kwargs)
+        self._refuse_changed_containers(leaves, args, kwargs)
         result_leaves, rebuild = flatten(result, f"the result of {self.forward.site.name!r}")
         return result_leaves, rebuild, self._find_stashed(result_leaves)
+
+    def _refuse_changed_containers(self, leaves: list[Any], args: Any, kwargs: Any) -> None:
+        """The module was given copies of the caller's lists and dicts: what it put into them would be lost."""
+        where = f"the call of {self.forward.site.name!r}"
+        after, _ = flatten((args, kwargs), where)
+        if len(after) != len(leaves) or any(new is not old for new, old in zip(after, leaves, strict=True)):
+            raise RuntimeError(
+                f"{where} changed a list, dict or dataclass that was passed to it, and the change would be lost; "
+                "return what was added, or leave it in an attribute of the module"
+            )
 
     def _find_stashed(self, result_leaves: list[Any]) -> list[Tensor]:
         """Tensors with a graph that the module left in its attributes (an auxiliary loss): results like any other."""
@@ -199,20 +210,32 @@ class Call:
     @contextlib.contextmanager
     def buffers_as_before(self) -> Iterator[None]:
         """Inside, buffers that forward changed have the values it started from; afterwards, those they had."""
-        named = dict(self.forward.site.module.named_buffers())
-        now = {name: named[name].detach().clone() for name in self.buffers if name in named}
+        slots = [
+            (owner._buffers, key, buffer, buffer.detach().clone(), self.buffers[name])
+            for name, owner, key, buffer in named_buffer_slots(self.forward.site.module)
+            if name in self.buffers
+        ]
         stashed = [(module, name, vars(module)[name]) for module, name in self.stashed]
         try:
             with torch.no_grad():
-                for name in now:
-                    named[name].copy_(self.buffers[name])
+                for _, _, buffer, _, before in slots:
+                    buffer.copy_(before)
             yield
         finally:
             with torch.no_grad():
-                for name, value in now.items():
-                    named[name].copy_(value)
+                for buffers, key, buffer, now, _ in slots:
+                    buffers[key] = buffer  # a forward may bind a new tensor instead of writing to the old one
+                    buffer.copy_(now)
             for module, name, tensor in stashed:
                 setattr(module, name, tensor)
+
+
+def named_buffer_slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(full name, owner, its own name, buffer) for every buffer below `module`, named as `named_buffers` does."""
+    for prefix, owner in module.named_modules():
+        for key, buffer in owner._buffers.items():
+            if buffer is not None:
+                yield f"{prefix}.{key}" if prefix else key, owner, key, buffer
 
 
 _HERE = object()

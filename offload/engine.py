@@ -305,7 +305,6 @@ class OffloadEngine:
         if self._closed:
             return
         self._gradients.drop()
-        self._bindings.drop_private()
         for info in self._parts.parameters:
             info.parameter.grad = None
         self._grad_scale = 1.0

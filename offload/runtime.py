@@ -81,7 +81,7 @@ class CallRuntime:
         finally:
             self._in_forward -= 1
             if not self.accumulating and not self._in_forward and not torch.is_grad_enabled():
-                self._bindings.drop_private()
+                self._bindings.drop_private(keep_for_graphs=True)
 
     @property
     def accumulating(self) -> bool:

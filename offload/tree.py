@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Rebuild = Callable[[list[Any]], Any]
+_SEARCH_DEPTH = 4
 
 
 def flatten(value: Any, where: str) -> tuple[list[Any], Rebuild]:
@@ -60,17 +61,29 @@ def _flatten_dataclass(value: Any, where: str) -> tuple[list[Any], Rebuild]:
 
 
 def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
-    if isinstance(leaf, (Tensor, torch.nn.Module, type)) or not hasattr(leaf, "__dict__"):
+    if isinstance(leaf, Tensor) or not _carries_gradient(leaf, _SEARCH_DEPTH):
         return
-    for name, item in vars(leaf).items():
-        items = item if isinstance(item, (list, tuple)) else [item]
-        if any(isinstance(entry, Tensor) and entry.requires_grad for entry in items):
-            raise TypeError(
-                f"{where} passes a {type(leaf).__name__} whose {name!r} needs a gradient; units exchange gradients "
-                f"through "
-                "tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
-                "torch.utils._pytree.register_pytree_node"
-            )
+    raise TypeError(
+        f"{where} passes a {type(leaf).__name__} that carries a tensor which needs a gradient; units exchange gradients "
+        "through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
+        "torch.utils._pytree.register_pytree_node"
+    )
+
+
+def _carries_gradient(value: Any, depth: int) -> bool:
+    """Whether a tensor that needs a gradient is found in `value` within `depth` containers or attributes."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if depth == 0 or isinstance(value, (str, bytes, int, float, type, torch.nn.Module)) or value is None:
+        return False
+    if isinstance(value, Mapping):
+        items = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value)
+    else:
+        items = []
+    items += list(getattr(value, "__dict__", {}).values())
+    return any(_carries_gradient(item, depth - 1) for item in items)
 
 
 def tensors_of(leaves: list[Any]) -> list[Tensor]:

@@ -21,7 +21,7 @@ def block_digests(view: memoryview) -> bytes:
 
 def small_checksum(piece: np.ndarray) -> str:
     """Checksum of a whole piece of at most one block, uint8 [nbytes]; the same as `piece_checksum` gives."""
-    return xxh3_64_hexdigest(piece)
+    return xxh3_64_hexdigest(piece.data)
 
 
 def piece_checksum(digests: Sequence[bytes]) -> str:

@@ -63,7 +63,7 @@ class ReadBatch:
         for start, end in itertools.pairwise(edges):
             size = int(self.nbytes[start])
             memory = (ctypes.c_ubyte * (size * (end - start))).from_address(int(self.address[start]))
-            views += list(np.frombuffer(memory, dtype=np.uint8).reshape(end - start, size))
+            views += list(np.frombuffer(memoryview(memory), dtype=np.uint8).reshape(end - start, size))
         return views
 
 
@@ -88,7 +88,7 @@ def read_batch(batch: ReadBatch, look: Look | None = None) -> tuple[int, list[An
         left[_read_together(batch, together, descriptors, views, look, seen)] = False
     for index in np.flatnonzero(left).tolist():
         file = batch.files[int(batch.file[index])]
-        num_retries += read_fully(file, memoryview(views[index]), int(batch.offset[index]))
+        num_retries += read_fully(file, views[index].data, int(batch.offset[index]))
         seen[index] = look(views[index]) if look else None
     return num_retries, seen
 
