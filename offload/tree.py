@@ -64,8 +64,8 @@ def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
     if isinstance(leaf, Tensor) or not _carries_gradient(leaf, _SEARCH_DEPTH):
         return
     raise TypeError(
-        f"{where} passes a {type(leaf).__name__} that carries a tensor which needs a gradient; units exchange gradients "
-        "through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
+        f"{where} passes a {type(leaf).__name__} that carries a tensor which needs a gradient; units exchange "
+        "gradients through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
         "torch.utils._pytree.register_pytree_node"
     )
 
