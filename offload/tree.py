@@ -65,8 +65,8 @@ def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
         return
     raise TypeError(
         f"{where} passes a {type(leaf).__name__} that carries a tensor which needs a gradient; units exchange "
-        "gradients through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register the class with "
-        "torch.utils._pytree.register_pytree_node"
+        "gradients through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register "
+        "the class with torch.utils._pytree.register_pytree_node"
     )
 
 
