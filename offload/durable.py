@@ -54,6 +54,7 @@ class CommitLog:
         self._last_staged = self.steps_done
         self._changed: set[int] = set()
         self._staged: tuple[int, dict[str, Any]] | None = None
+        self._given_up = False
         self._copying: Future[None] | None = None
         self._committing: Future[bool] | None = None
 
@@ -78,12 +79,17 @@ class CommitLog:
 
     def stage(self, step: int, state: dict[str, Any], force: bool = False) -> None:
         """Step `step` is final, with `state`. Never blocks. Skipped unless it is time for a commit, or `force`."""
-        if not force and step - self._last_staged < self._every:
+        if self._given_up or (not force and step - self._last_staged < self._every):
             return
         self._last_staged = step
         self._staged = (step, state)
         units, self._changed = sorted(self._changed), set()
         self._copying = self._loop.submit(self._copy_resting(units, self._copying))
+
+    def withdraw_staged(self) -> None:
+        """Give up the step that is staged and everything after it: the step before it stays the last durable one."""
+        self._staged = None
+        self._given_up = True
 
     def launch(self, capture: Callable[[], dict[str, Any]]) -> None:
         """Commit the staged step, completed by what `capture` returns. Never blocks. Without a staged step, nothing."""
@@ -163,7 +169,7 @@ class RunState:
         self._counts = counts
         self._optimizer = optimizer
         self._tracked: list[Any] = []
-        self._saved: list[Any] = []
+        self._saved: dict[int, Any] = {}
         self._groups: Sequence[Mapping[str, Any]] = ()
 
     def capture(self, step: int) -> dict[str, Any]:
@@ -173,13 +179,30 @@ class RunState:
             "counts": {info.name: self._counts[info.parameter] for info in self._parameters if info.trainable},
             "random": {"torch": torch.get_rng_state(), "device": self._device.rng_state(), "python": random.getstate()},
             "buffers": {name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()},
+            "tracked": self._states_of(late=False),
         }
 
     def capture_tracked(self) -> dict[str, Any]:
-        """Hyperparameters and tracked objects' state as of now (schedulers step after the optimizer), copied."""
+        """Hyperparameters and schedulers as of now, a true copy: schedulers step after the optimizer has."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        tracked = [one.state_dict() for one in self._tracked]
-        return {"groups": copy.deepcopy(groups), "tracked": copy.deepcopy(tracked or self._saved)}
+        return {"groups": copy.deepcopy(groups), "schedulers": self._states_of(late=True)}
+
+    def _states_of(self, late: bool) -> dict[int, Any]:
+        """A true copy of the tracked objects' states by position: schedulers (`late`) or all others."""
+        states = {
+            number: copy.deepcopy(one.state_dict())
+            for number, one in enumerate(self._tracked)
+            if self._is_scheduler(one) == late
+        }
+        unclaimed = {} if late else {n: state for n, state in self._saved.items() if n >= len(self._tracked)}
+        return {**unclaimed, **states}
+
+    def _is_scheduler(self, one: Any) -> bool:
+        return getattr(one, "optimizer", None) is self._optimizer
+
+    @property
+    def has_schedulers(self) -> bool:
+        return any(self._is_scheduler(one) for one in self._tracked)
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Go back to a captured state; tracked objects follow when they are tracked. Returns the step."""
@@ -195,7 +218,7 @@ class RunState:
         with torch.no_grad():
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
-        self._saved = list(state["tracked"])
+        self._saved = {**state["tracked"], **state["schedulers"]}
         return int(state["step"])
 
     def track(self, objects: Sequence[Any]) -> None:
@@ -207,9 +230,9 @@ class RunState:
                     "or keep its state yourself"
                 )
             position = len(self._tracked)
-            if position < len(self._saved):
+            if position in self._saved:
                 one.load_state_dict(self._saved[position])
-                if getattr(one, "optimizer", None) is self._optimizer:
+                if self._is_scheduler(one):
                     self._restore_groups()  # a scheduler sets lr when it is made, as if training began
             self._tracked.append(one)
 

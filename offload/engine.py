@@ -73,6 +73,12 @@ class OffloadEngine:
                 "the module has been wrapped by an engine, and a module can be wrapped once; build a new one and load "
                 "engine.state_dict() into it"
             )
+        if not isinstance(optimizer, OptimizerSpec):
+            name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+            raise ValueError(
+                f"optimizer is {name}; give a spec such as offload.AdamW(lr=...), which takes torch.optim's arguments "
+                "without the parameters (AdamW, Adam, SGD)"
+            )
         num_threads = torch.get_num_threads()
         torch.set_num_threads(num_threads)  # made explicit, so that threads started later compute with it too
         self._parts = parts = assemble(module, optimizer, self.config)
@@ -136,6 +142,7 @@ class OffloadEngine:
         self._log = self._open_log()
         self._guards: Guards | None = None
         self._failure: BaseException | None = None
+        self._mid_step = False
         self._grad_scale = 1.0
         self._loss: Tensor | None = None
         self._tokens: int | None = 0
@@ -273,6 +280,7 @@ class OffloadEngine:
         self._step += 1
         if self._log is not None:
             self._log.stage(self._step, self._state.capture(self._step))
+        self._mid_step = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
         now_s = time.perf_counter()
         self._trace.add_wait(Wait(wait_from_s, now_s, "step"))
@@ -288,6 +296,7 @@ class OffloadEngine:
         if self._log is not None:
             self._log.wait()
         interrupt = None
+        self._mid_step = True
         try:
             self._stepper.update(prepared)
         except UpdateInterrupted as error:
@@ -329,7 +338,8 @@ class OffloadEngine:
     def track(self, *objects: Any) -> None:
         """Take objects with `state_dict` and `load_state_dict` (schedulers, data loaders) into every commit.
 
-        They are captured when the engine is next entered after a step, because schedulers step after the optimizer.
+        Schedulers of `engine.optimizer` are captured when the engine is next entered after a step, because they step
+        after the optimizer; everything else when `step()` returns, because a loader has moved on by the next entry.
         After a resume each gets its saved state at once, in the order in which they were tracked.
         """
         self._check_open()
@@ -408,7 +418,7 @@ class OffloadEngine:
             return
         self._runtime.look_for_failed_backward()
         try:
-            if not self._runtime.computing and self._failure is None:
+            if not self._runtime.computing and not self._mid_step:  # an update without its number is no step
                 self._flush()
         finally:
             self._closed = True
@@ -425,7 +435,10 @@ class OffloadEngine:
     def __enter__(self) -> OffloadEngine:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Close. A step whose schedulers may not have stepped, because an exception came between, is not committed."""
+        if kind is not None and self._log is not None and self._state.has_schedulers:
+            self._log.withdraw_staged()
         self.close()
 
     def _check_open(self) -> None:

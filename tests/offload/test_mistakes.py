@@ -38,6 +38,14 @@ def test_an_edited_copy_is_named_and_the_others_stay_usable() -> None:
         assert [one_step(engine) for _ in range(3)] == [one_step(healthy) for _ in range(3)]
 
 
+@pytest.mark.parametrize(
+    "optimizer", [AdamW, torch.optim.AdamW([nn.Parameter(torch.zeros(1))])], ids=["class", "torch"]
+)
+def test_another_kind_of_optimizer_is_refused_with_the_mend(optimizer: object) -> None:
+    with pytest.raises(ValueError, match=r"AdamW.*offload\.AdamW\(lr="):
+        OffloadEngine(nn.Linear(2, 2), optimizer, OffloadConfig(device="cpu"))  # type: ignore[arg-type]
+
+
 def test_a_bad_hyperparameter_changes_nothing() -> None:
     with build() as engine, build() as healthy:
         engine.backward(engine(torch.ones(4, 16)).square().mean())

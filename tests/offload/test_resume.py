@@ -240,3 +240,58 @@ def test_a_skipped_step_does_not_overtake_the_commit_before_it(tmp_path: Path, m
         found = snapshot(engine)
         assert engine.steps_done == 2
         assert [n for n in expected if "buffer" not in n and not torch.equal(found[n], expected[n])] == []
+
+
+class Cursor:
+    """A loader: where it is in the data is its state, and it is asked for a batch before the engine is entered."""
+
+    def __init__(self) -> None:
+        self.position = 0
+
+    def draw(self) -> Tensor:
+        self.position += 1
+        return torch.randn(16, 32, generator=torch.Generator().manual_seed(self.position))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def cursor_run(engine: OffloadEngine, num_steps: int, stop_after: int | None = None) -> list[tuple[float, float]]:
+    """(loss, lr) of each step; stops between step() and the scheduler's after `stop_after` steps."""
+    cursor = Cursor()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(engine.optimizer, 20)
+    engine.track(scheduler, cursor)
+    history = []
+    for number in range(num_steps):
+        batch = cursor.draw()
+        engine.backward(engine(batch))
+        info = engine.step()
+        history.append((info.loss, info.lr))
+        if number + 1 == stop_after:
+            raise KeyboardInterrupt
+        scheduler.step()
+    return history
+
+
+@pytest.mark.parametrize("end", ["killed", "interrupted"])
+def test_loader_and_scheduler_go_on_where_the_step_was(tmp_path: Path, end: str) -> None:
+    fp32 = {"dtype": torch.float32}
+    with build(tmp_path / "whole", **fp32) as engine:
+        expected = cursor_run(engine, 8)
+    if end == "killed":
+        engine = build(tmp_path / "cut", **fp32)
+        cursor_run(engine, 4)
+        engine.flush()
+        engine._log = None  # a crash
+        engine.close()
+        done = 4
+    else:
+        with pytest.raises(KeyboardInterrupt), build(tmp_path / "cut", **fp32) as engine:
+            cursor_run(engine, 8, stop_after=4)
+        done = 3  # the fourth step's scheduler never stepped, so the third is the last whole one
+    with build(tmp_path / "cut", resume=True, **fp32) as engine:
+        assert engine.steps_done == done
+        assert cursor_run(engine, 8 - done) == expected[done:]
