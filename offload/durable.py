@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import copy
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -118,10 +118,8 @@ class CommitLog:
             await asyncio.wrap_future(before)
         for unit in units:
             await gather_all(
-                self._store.write(home.key, index, home.piece(index), needed=NEEDED_AT_COMMIT)
-                for kind in COMMITTED_KINDS
-                if (home := self._homes[unit][kind]).buffer is not None
-                for index in range(len(home.piece_nbytes))
+                self._store.write(key, index, piece, needed=NEEDED_AT_COMMIT)
+                for key, index, piece in self._resting_pieces(unit)
             )
 
     async def _commit(
@@ -139,12 +137,15 @@ class CommitLog:
         self._loop.run(self._read_resting(unit))
 
     async def _read_resting(self, unit: int) -> None:
-        await gather_all(
-            self._store.read(home.key, index, home.piece(index))
-            for kind in COMMITTED_KINDS
-            if (home := self._homes[unit][kind]).buffer is not None
-            for index in range(len(home.piece_nbytes))
-        )
+        await gather_all(self._store.read(key, index, piece) for key, index, piece in self._resting_pieces(unit))
+
+    def _resting_pieces(self, unit: int) -> Iterator[tuple[str, int, Tensor]]:
+        """(key, number, uint8 bytes) of every piece that belongs to a step and that `unit` keeps in host memory."""
+        for kind in COMMITTED_KINDS:
+            home = self._homes[unit][kind]
+            if home.buffer is not None:
+                for index in range(len(home.piece_nbytes)):
+                    yield home.key, index, home.piece(index)
 
 
 class RunState:
