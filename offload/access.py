@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,7 @@ from .kernels.gradient import copy_
 from .kernels.master import join_, split_
 from .layout import Chunk, ChunkArrays, Member, UnitLayout
 from .scheduler.loop import LoopThread
+from .units import Unit
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,6 +40,9 @@ class ParameterAccess:
     What it returns outlives a caller's inference mode, so it is made outside of it.
 
     The caller sees to it that nobody else uses the units meanwhile.
+
+    Args:
+        settled: returns when no update of the given units is pending or being stored.
     """
 
     def __init__(
@@ -48,12 +52,14 @@ class ParameterAccess:
         stream: ChunkStream,
         loop: LoopThread,
         device: torch.device,
+        settled: Callable[[Sequence[Unit]], Awaitable[None]],
     ) -> None:
         self._layouts = layouts
         self._homes = homes
         self._stream = stream
         self._loop = loop
         self._device = device
+        self._settled = settled
         self._layout_of = {p: layout for layout in layouts for p in layout.by_parameter}
 
     def fill(self, layout: UnitLayout) -> None:
@@ -124,10 +130,12 @@ class ParameterAccess:
         writes: Collection[str] = (),
         chunks: Sequence[Chunk] | None = None,
     ) -> None:
-        homes = self._homes[layout.unit.index]
-        self._loop.run(
-            self._stream.visit(layout, homes, work, reads=reads, writes=writes, label="access", chunks=chunks)
-        )
+        async def visit() -> None:
+            await self._settled([layout.unit])
+            homes = self._homes[layout.unit.index]
+            await self._stream.visit(layout, homes, work, reads=reads, writes=writes, label="access", chunks=chunks)
+
+        self._loop.run(visit())
 
 
 def _empty(layout: UnitLayout, member: Member, states: bool, grad: bool) -> HostParameter:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from . import layout as layouts_module
-from .config import OffloadConfig, usable_cores
+from .config import OffloadConfig
 from .homes import Home
 from .layout import KINDS, UnitLayout
 from .optimizers import OptimizerSpec
@@ -19,12 +19,10 @@ from .plan import PLACED_KINDS, BudgetTooSmall, Plan, Planner
 from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
-from .scheduler.trace import Trace
 from .store import Extent, Store
 from .units import ParameterInfo, Partition, collect_parameters, partition
 
 SCRATCH_FOLDER = "offload-scratch"
-IO_THREADS_PER_DIRECTORY = 4  # with 8 MiB requests they reach the best native queue of a virtual drive
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,11 +71,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     host_nbytes = config.host_budget_nbytes()
     device_nbytes = config.device_budget_nbytes(device)
     parts, layouts, plan = _plan(module, parameters, spec, config, device, host_nbytes, device_nbytes)
-    lanes = Lanes(
-        Trace(),
-        num_io_threads=IO_THREADS_PER_DIRECTORY * max(1, len(config.nvme_directories)),
-        num_cpu_threads=usable_cores(),
-    )
+    lanes = config.open_lanes()
     with contextlib.ExitStack() as undo:
         undo.callback(lanes.close)
         poison = _poison if device.poison() else None
@@ -180,7 +174,13 @@ def _open_stores(
     kept = [extent for extent in extents if not extent.scratch]
     if config.resume:
         store = Store.reopen(
-            directories, kept, identity, lanes, verify=config.verify, rated_nbytes=config.rated_endurance_nbytes
+            directories,
+            kept,
+            identity,
+            lanes,
+            verify=config.verify,
+            backend=config.backend_factory(),
+            rated_nbytes=config.rated_endurance_nbytes,
         )
         undo.callback(store.close)
     else:
@@ -208,6 +208,7 @@ def _create(
         lanes,
         durability=durability,
         verify=config.verify,
+        backend=config.backend_factory(),
         overwrite=config.overwrite,
         rated_nbytes=config.rated_endurance_nbytes,
     )

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from .ambient import Autocast, RandomState, replayed
 from .scheduler.devices import Device
 from .tree import Rebuild, flatten, tensors_of, with_tensors
+from .turns import Turn
 from .units import CallSite
 
 
@@ -34,19 +35,25 @@ class CallHost(Protocol):
     def recomputing(self) -> int:
         """How many backwards of units the calling thread is inside of."""
 
+    def before_call(self, site: CallSite) -> None:
+        """A call of `site` is about to be made. Where micro-batches take turns, others may have theirs first."""
+
     def hold(self, site: CallSite, recompute: bool = False) -> contextlib.AbstractContextManager[None]:
         """Inside, the site's units are on the device and their parameters show their values."""
 
-    def forward_made(self, site: CallSite) -> None:
-        """A call that backward may visit was made."""
+    def forward_made(self, site: CallSite) -> Turn:
+        """A call that backward may visit was made. Returns whose turn it is."""
 
-    def forward_dropped(self, site: CallSite) -> None:
+    def forward_dropped(self, site: CallSite, turn: Turn) -> None:
         """Such a call will not be visited: its graph is gone."""
 
-    def backward_begins(self, site: CallSite) -> None:
-        """Backward has reached a call of `site`."""
+    def results_stashed(self, attributes: Sequence[tuple[nn.Module, str]]) -> None:
+        """A call has left tensors with a graph in these module attributes."""
 
-    def backward_ended(self, site: CallSite, first_visit: bool) -> None:
+    def backward_begins(self, site: CallSite, turn: Turn) -> None:
+        """Backward has reached a call of `site`, made in `turn`."""
+
+    def backward_ended(self, site: CallSite, turn: Turn, first_visit: bool) -> None:
         """All gradients of the call have been accumulated."""
 
     def boundary_held(self, nbytes: int) -> None:
@@ -69,6 +76,7 @@ class UnitForward:
         self._anchor = torch.zeros((), requires_grad=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.host.before_call(self.site)
         if not torch.is_grad_enabled():
             return self._without_graph(args, kwargs)
         leaves, rebuild = flatten((args, kwargs), f"the call of {self.site.name!r}")
@@ -114,6 +122,7 @@ class Call:
         self.forward = forward
         self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
         self.boundary_nbytes = 0
+        self.turn = Turn(0, None)
         self.leaves = with_tensors(leaves, [None] * len(leaves))  # tensors are kept by autograd, which checks versions
         self.place = _places(leaves)
         self.foreign = torch._C._current_graph_task_id() != -1 and not forward.host.recomputing
@@ -125,13 +134,13 @@ class Call:
         self.samples: list[Tensor] = []
         self._result_leaves: list[Any] = []
         self._result_rebuild: Rebuild | None = None
-        forward.host.forward_made(forward.site)
+        self.turn = forward.host.forward_made(forward.site)
         self.visited = False
 
     def __del__(self) -> None:
         self.forward.host.boundary_held(-self.boundary_nbytes)
         if not self.visited:
-            self.forward.host.forward_dropped(self.forward.site)
+            self.forward.host.forward_dropped(self.forward.site, self.turn)
 
     def distinct(self, leaves: list[Any]) -> list[Tensor]:
         """Each tensor once, however often it is passed: modules ask whether two arguments are one object."""
@@ -182,6 +191,8 @@ class Call:
         count = sum(self._is_result_tensor)
         for (module, name), tensor in zip(self.stashed, tensors[count:], strict=True):
             setattr(module, name, tensor)
+        if self.stashed:
+            self.forward.host.results_stashed(self.stashed)
         fresh = iter(tensors[:count])
         leaves = [
             next(fresh) if is_tensor else leaf
@@ -286,7 +297,7 @@ class UnitCall(torch.autograd.Function):
                 "engine recomputes by itself: switch gradient checkpointing off, or give use_reentrant=False"
             )
         tensors = ctx.saved_tensors
-        host.backward_begins(site)
+        host.backward_begins(site, call.turn)
         inputs: list[Tensor] = []
         if any(gradient is not None for gradient in gradients):
             with host.hold(site, recompute=True), replayed(call.random, host.device), call.buffers_as_before():
@@ -304,7 +315,7 @@ class UnitCall(torch.autograd.Function):
                     torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
                 del pairs
         first_visit, call.visited = not call.visited, True
-        host.backward_ended(site, first_visit)
+        host.backward_ended(site, call.turn, first_visit)
         return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +11,15 @@ from typing import Any, Literal
 import torch
 
 from .scheduler.devices import AcceleratorDevice, Device, FakeDevice, OneMemoryDevice
+from .scheduler.lanes import Lanes
+from .scheduler.storage import Backend
+from .scheduler.trace import Trace
 from .sizes import parse_size
 
 HOME_KINDS = ("param", "states", "grad")
 HOME_TIERS = ("host", "nvme")
+IO_THREADS_PER_DIRECTORY = 4  # with 8 MiB requests they reach the best native queue of a virtual drive
+UPDATE_MODES = ("next_forward", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class OffloadConfig:
         clip_grad_norm: maximum global gradient norm, or None.
         homes: forces the home tier of a kind, e.g. {"states": "nvme"}; kinds are "param", "states" (master's low
             half and moments) and "grad". What is not named is placed by the plan.
+        update: when a unit is updated. "next_forward" (the default): before its next use, while earlier units compute
+            already; exact with clipping. "step": `step()` waits until all units are updated.
         durability: what survives a crash, where there is an NVMe tier: "step" (every finished step), N (every N-th),
             or "none" (half the space on the drives, and nothing survives). What rests in host memory is part of it.
         verify: whether every read from the store is compared with its checksum.
@@ -54,6 +61,7 @@ class OffloadConfig:
     micro_batches: int = 1
     clip_grad_norm: float | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
+    update: Literal["next_forward", "step"] = "next_forward"
     durability: Literal["step", "none"] | int = "step"
     verify: bool = True
     resume: bool = False
@@ -68,6 +76,8 @@ class OffloadConfig:
             )
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}; give a positive number, or None for no clipping")
+        if self.update not in UPDATE_MODES:
+            raise ValueError(f"update={self.update!r}; give one of {', '.join(map(repr, UPDATE_MODES))}")
         if isinstance(self.keep_fp32, str):
             raise ValueError(
                 f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]"
@@ -135,6 +145,18 @@ class OffloadConfig:
                 "set host_memory only"
             )
         return device
+
+    def open_lanes(self) -> Lanes:
+        """The lanes that the engine runs on, with an empty trace."""
+        return Lanes(
+            Trace(),
+            num_io_threads=IO_THREADS_PER_DIRECTORY * max(1, len(self.nvme_directories)),
+            num_cpu_threads=usable_cores(),
+        )
+
+    def backend_factory(self) -> Callable[[Path], Backend] | None:
+        """What makes the storage of each NVMe directory; None: files, by direct I/O where the system has it."""
+        return None
 
     def _find_device(self) -> Device:
         if isinstance(self.device, Device):

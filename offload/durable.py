@@ -28,11 +28,12 @@ COMMITTED_KINDS = tuple(kind for kind in KINDS if kind != "grad")
 class CommitLog:
     """Makes steps durable in the background.
 
-    A step passes three points: `stage` (its numbers are final; what rests in host memory begins to be copied to the
-    store), `launch` (what belongs to it besides, such as schedulers, has been captured), and durable.
+    A step passes three points: `stage` (it is decided; unit by unit, as soon as it is updated, what rests in host
+    memory is copied to the store), `launch` (what belongs to it besides, such as schedulers, has been captured), and
+    durable.
 
-    Invariant: between `stage` and durable no byte of the step may change in host memory, and none may enter the store
-    as part of a later step. `wait` stands before every such change.
+    Invariant: between a unit's update and durable no byte of it may change in host memory, and none may enter the store
+    as part of a later step. `wait`, or `under_way` awaited, stands before every such change.
 
     Args:
         every: steps between commits.
@@ -52,7 +53,7 @@ class CommitLog:
         self._loop = loop
         self._every = every
         self._last_staged = self.steps_done
-        self._changed: set[int] = set()
+        self._changed: dict[int, Future[None] | None] = {}
         self._staged: tuple[int, dict[str, Any]] | None = None
         self._given_up = False
         self._copying: Future[None] | None = None
@@ -73,8 +74,12 @@ class CommitLog:
         """Whether something has changed that no staged step covers."""
         return bool(self._changed)
 
-    def changed(self, units: Sequence[int]) -> None:
-        """These units' values or states have changed since the last commit."""
+    def changed(self, units: Mapping[int, Future[None] | None]) -> None:
+        """These units' values or states change, or have changed, since the last commit.
+
+        Args:
+            units: unit index -> what is done when the change is complete, or None if it is.
+        """
         self._changed.update(units)
 
     def stage(self, step: int, state: dict[str, Any], force: bool = False) -> None:
@@ -83,8 +88,8 @@ class CommitLog:
             return
         self._last_staged = step
         self._staged = (step, state)
-        units, self._changed = sorted(self._changed), set()
-        self._copying = self._loop.submit(self._copy_resting(units, self._copying))
+        changed, self._changed = self._changed, {}
+        self._copying = self._loop.submit(self._copy_resting(changed, self._copying))
 
     def withdraw_staged(self) -> None:
         """Give up the step that is staged and everything after it: the step before it stays the last durable one."""
@@ -101,22 +106,34 @@ class CommitLog:
         self._committing = self._loop.submit(self._commit(step, {**state, **capture()}, copying, self._committing))
 
     def wait(self) -> None:
-        """Block until the launched commit is durable and nothing is copied any more; raises what went wrong."""
+        """Block until the launched commit is durable and nothing is copied any more; raises what went wrong.
+
+        The step's updates must have been made, or be certain to come: the commit waits for them.
+        """
         for future in (self._copying, self._committing):
             if future is not None:
                 future.result()
         self._committing = None
+
+    @property
+    def under_way(self) -> Future[bool] | None:
+        """The commit that was launched last, which the next step's updates have to wait for."""
+        return self._committing
 
     def settle(self) -> None:
         """Block until nothing is under way, whatever came of it: a commit that is cut off would break the store."""
         under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]
         concurrent.futures.wait(under_way)
 
-    async def _copy_resting(self, units: Sequence[int], before: Future[None] | None) -> None:
-        """Write to the store what these units keep in host memory, one unit after the other."""
+    async def _copy_resting(
+        self, changed: Mapping[int, Future[None] | None], before: Future[None] | None
+    ) -> None:
+        """Write to the store what these units keep in host memory, one unit after the other, as their changes end."""
         if before is not None:
             await asyncio.wrap_future(before)
-        for unit in units:
+        for unit, made in sorted(changed.items()):
+            if made is not None:
+                await asyncio.wrap_future(made)
             await gather_all(
                 self._store.write(key, index, piece, needed=NEEDED_AT_COMMIT)
                 for key, index, piece in self._resting_pieces(unit)

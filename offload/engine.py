@@ -26,6 +26,7 @@ from .guards import Guards
 from .homes import ChunkStream
 from .hostheap import bound_heap, trim_heap
 from .info import MemoryReport, StepInfo
+from .journey import Journeys
 from .optimizers import OptimizerSpec
 from .order import UseOrder
 from .report import memory_report, unit_table
@@ -33,10 +34,13 @@ from .residency import Residency
 from .runtime import CallRuntime
 from .scheduler.loop import LoopThread
 from .scheduler.trace import Wait, busy_s, exposed_s, moved_nbytes
-from .step import Decision, Stepper, UpdateInterrupted, clip_factor
+from .step import Decision, Stepper, clip_factor
 from .units import CallSite
+from .updates import PendingUpdates
 from .usage import ComputeRecord
 from .values import Values
+
+MIN_UPDATE_WINDOW_NBYTES = 32 << 20
 
 _open_engines: weakref.WeakSet[OffloadEngine] = weakref.WeakSet()
 
@@ -90,32 +94,47 @@ class OffloadEngine:
         stream = ChunkStream(parts.ring, parts.lanes)
         self._compute = ComputeRecord(self._trace)
         self._order = UseOrder(_first_order(parts.partition.call_sites))
+        self._updates = PendingUpdates()
         self._residency = Residency(
             parts.layouts,
-            parts.homes,
-            parts.resting,
             parts.device,
-            parts.lanes,
             self._loop,
             parts.slots,
-            parts.stage,
             self._order,
+            Journeys(
+                parts.layouts,
+                parts.homes,
+                parts.resting,
+                parts.device,
+                parts.lanes,
+                parts.stage,
+                stream,
+                self._updates,
+            ),
+            self._updates,
+            2 * max(parts.plan.ring_nbytes, MIN_UPDATE_WINDOW_NBYTES),
+            self._trace,
         )
         room = self._residency.make_room if parts.device.one_memory else parts.stage.acquire
         self._gradients = Gradients(
-            parts.layouts, parts.homes, parts.device, parts.lanes, self._loop, room, self.config.micro_batches
+            parts.layouts,
+            parts.homes,
+            parts.device,
+            parts.lanes,
+            self._loop,
+            room,
+            self.config.micro_batches,
+            self._residency.settled,
         )
         self._stepper = Stepper(
             optimizer,
             parts.parameters,
             parts.layouts,
-            parts.homes,
             self._gradients,
-            self._residency,
-            stream,
-            self._loop,
         )
-        self._access = ParameterAccess(parts.layouts, parts.homes, stream, self._loop, parts.device.torch_device)
+        self._access = ParameterAccess(
+            parts.layouts, parts.homes, stream, self._loop, parts.device.torch_device, self._residency.settled
+        )
         self._bindings = Bindings(parts.parameters, parts.device.torch_device, self._access.read_compute)
         self._runtime = CallRuntime(
             parts.device,
@@ -141,7 +160,6 @@ class OffloadEngine:
         self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
         self._log = self._open_log()
         self._guards: Guards | None = None
-        self._failure: BaseException | None = None
         self._mid_step = False
         self._grad_scale = 1.0
         self._loss: Tensor | None = None
@@ -188,7 +206,7 @@ class OffloadEngine:
         if self._log is not None and self.config.resume:
             self._step = self._state.restore(self._log.committed_state)
         elif self._log is not None:
-            self._log.changed(range(len(self._parts.layouts)))
+            self._log.changed(dict.fromkeys(range(len(self._parts.layouts))))
             self._log.stage(0, self._state.capture(0), force=True)
             self._log.launch(self._state.capture_tracked)
             self._log.wait()
@@ -257,15 +275,18 @@ class OffloadEngine:
         return torch.tensor(norm)
 
     def step(self, partial: bool = False) -> StepInfo:
-        """Update all parameters that have a gradient; blocks until the update is written.
+        """Decide this step's update of all parameters that have a gradient.
 
+        Blocks until all gradients are home and their norm is known. The update itself is made unit by unit before the
+        unit's next use, with the hyperparameters of now, while earlier units already compute.
         A step whose loss or gradients are not finite is skipped: nothing changes, and `StepInfo.skipped` says so.
         With a durable store the step is committed behind the next step's compute; `flush()` waits for that.
 
         Args:
             partial: accept fewer backwards than `micro_batches` (a last, shorter accumulation).
 
-        Raises: RuntimeError if backwards are missing or one failed midway; OffloadIOError from the store.
+        Raises: RuntimeError if backwards are missing or one failed midway; OffloadIOError from the store, also from an
+            update of the step before.
         """
         self._enter()
         self._runtime.check_accumulation(partial)
@@ -274,7 +295,9 @@ class OffloadEngine:
         tokens = self._tokens
         wait_from_s = time.perf_counter()
         decision = self._stepper.decide(self._grad_scale, self.config.clip_grad_norm, loss)
-        interrupt = None if decision.skipped else self._update(decision.grad_scale)
+        self._residency.settle()  # what no forward has used since the last step
+        if not decision.skipped:
+            self._launch_update(decision.grad_scale)
         # Before anything that may be interrupted: these gradients have been used and must not be used again.
         self.drop_gradients()
         self._step += 1
@@ -282,32 +305,23 @@ class OffloadEngine:
             self._log.stage(self._step, self._state.capture(self._step))
         self._mid_step = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
+        if self.config.update == "step":
+            self._residency.settle()
         now_s = time.perf_counter()
         self._trace.add_wait(Wait(wait_from_s, now_s, "step"))
         info = self._account(loss, tokens, decision, now_s)
         self._residency.ask_prefetch()
-        if interrupt is not None:
-            raise interrupt
         return info
 
-    def _update(self, grad_scale: float) -> UpdateInterrupted | None:
-        """Update all units. An interrupt is given back, to be raised when the step has been booked."""
+    def _launch_update(self, grad_scale: float) -> None:
+        """From here on every unit is used only after its update."""
         prepared = self._stepper.prepare(self.optimizer.param_groups, grad_scale)
-        if self._log is not None:
-            self._log.wait()
-        interrupt = None
         self._mid_step = True
-        try:
-            self._stepper.update(prepared)
-        except UpdateInterrupted as error:
-            interrupt = error
-        except BaseException as error:
-            self._failure = error
-            raise
+        made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
+        self._stepper.book(prepared)
         self._values_changed()
         if self._log is not None:
-            self._log.changed(prepared.units)
-        return interrupt
+            self._log.changed(made)
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated since the last step (`optimizer.zero_grad()`); also mends a failed backward."""
@@ -351,6 +365,7 @@ class OffloadEngine:
         self._flush()
 
     def _flush(self) -> None:
+        self._residency.settle()
         if self._log is None:
             return
         self._log.launch(self._state.capture_tracked)
@@ -418,7 +433,8 @@ class OffloadEngine:
             return
         self._runtime.look_for_failed_backward()
         try:
-            if not self._runtime.computing and not self._mid_step:  # an update without its number is no step
+            # An update without its number is no step, and one that broke off is none either.
+            if not self._runtime.computing and not self._mid_step and self._updates.failure is None:
                 self._flush()
         finally:
             self._closed = True
@@ -444,12 +460,16 @@ class OffloadEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosed("the engine is closed; build a new OffloadEngine to go on")
-        if self._failure is not None:
+        failure = self._updates.failure
+        if failure is not None:
+            first = self._updates.report()
+            if first is not None:
+                raise first
             raise EngineFailed(
-                f"an update failed midway ({type(self._failure).__name__}: {self._failure}), so parameters and states "
+                f"an update failed midway ({type(failure).__name__}: {failure}), so parameters and states "
                 "are of two different steps; close the engine, mend the cause, and go on from the last committed step "
                 "with OffloadConfig(resume=True)"
-            ) from self._failure
+            ) from failure
 
     def _enter(self) -> None:
         """Every way in: the staged step is completed by what the user's loop did since, and committed."""
@@ -460,6 +480,7 @@ class OffloadEngine:
 
     def _before_write(self, unit: int) -> None:
         self._bindings.drop_private()
+        self._residency.settle()
         if self._log is not None:
             self._log.launch(self._state.capture_tracked)
             self._log.wait()
@@ -469,7 +490,7 @@ class OffloadEngine:
         self._loop.call_soon(self._residency.admit, [self._parts.layouts[unit].unit])
         self._values_changed()
         if self._log is not None:
-            self._log.changed([unit])
+            self._log.changed({unit: None})
 
     def _values_changed(self) -> None:
         assert self._guards is not None

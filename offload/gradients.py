@@ -2,7 +2,8 @@
 
 Order of summation, the same for every placement: within one backward, a parameter's contributions are summed in the
 order in which backward makes them; the sums of successive backwards are added in fp32 (or stay in the compute dtype
-where there is one backward per step, as torch's own would).
+where there is one backward per step, as torch's own would). Micro-batches that take turns in one backward are kept
+apart (`turns.TurnSums`) and count as successive backwards.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .scheduler.lanes import Lanes
 from .scheduler.loop import LoopThread
 from .scheduler.pool import Lease
 from .scheduler.trace import Wait
+from .turns import TurnSums
+from .units import Unit
 
 MAX_IN_FLIGHT = 2
 
@@ -44,6 +47,7 @@ class Gradients:
     Args:
         room: leases host memory for a unit's gradient when gradients rest in the store, or cross a link.
         micro_batches: the backward whose absorption also takes the norms.
+        settled: returns when no update of the given units is pending or being stored.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Gradients:
         loop: LoopThread,
         room: Callable[[int, str], Awaitable[Lease]],
         micro_batches: int,
+        settled: Callable[[Sequence[Unit]], Awaitable[None]],
     ) -> None:
         self._layouts = layouts
         self._homes = homes
@@ -63,6 +68,7 @@ class Gradients:
         self._loop = loop
         self._room = room
         self._micro_batches = micro_batches
+        self._settled = settled
         self._member = {member.info.parameter: member for layout in layouts for member in layout.members}
         self._unit_of = {p: layout.unit.index for layout in layouts for p in layout.by_parameter}
         self._lock = threading.Lock()
@@ -71,6 +77,7 @@ class Gradients:
         self._in_flight: list[Future[None]] = []
         self._harvest: dict[nn.Parameter, Tensor] = {}
         self._deferred: dict[nn.Parameter, Tensor] = {}
+        self._turns: TurnSums | None = None
         self._arrived_in: dict[nn.Parameter, int] = {}
         self._squares: dict[nn.Parameter, float] = {}
         self._failure: BaseException | None = None
@@ -78,9 +85,19 @@ class Gradients:
 
     # -- the training (or autograd) thread's side
 
-    def take(self, parameter: nn.Parameter) -> None:
-        """Hook behind autograd's accumulation: the gradient is ours from here on."""
-        gradient, parameter.grad = parameter.grad, None
+    def begin_turns(self, num: int, is_open: Callable[[int, int], bool]) -> None:
+        """The next backward is that of `num` micro-batches at once; `is_open`: see `TurnSums`."""
+        self._turns = TurnSums(num, self._unit_of, is_open)
+
+    def take(self, parameter: nn.Parameter, micro_batch: int = 0, leaf: Tensor | None = None) -> None:
+        """Hook behind autograd's accumulation: the gradient is ours from here on.
+
+        Args:
+            micro_batch: whose it is, where micro-batches take turns.
+            leaf: the tensor that has the gradient, where it stands for `parameter`.
+        """
+        leaf = parameter if leaf is None else leaf
+        gradient, leaf.grad = leaf.grad, None
         if gradient is None:
             return
         if gradient.layout != torch.strided:
@@ -90,6 +107,9 @@ class Gradients:
                 "are dense: build the module with sparse=False"
             )
         with self._lock:
+            if self._turns is not None:
+                self._turns.take(micro_batch, parameter, gradient)
+                return
             held = self._harvest.get(parameter)
             self._harvest[parameter] = gradient if held is None else held + gradient
 
@@ -116,8 +136,32 @@ class Gradients:
                 ready[parameter] = gradient
         self._send(unit, ready)
 
+    def flush_turn(self, unit: int, micro_batch: int | None) -> None:
+        """`flush`, where micro-batches take turns: what was taken for `unit` in a call (or, with None, outside of one).
+
+        The unit's gradient is sent when it is that of all micro-batches.
+        """
+        assert self._turns is not None
+        with self._lock:
+            if micro_batch is not None:
+                self._turns.flush(unit, micro_batch)
+            gradients = self._turns.complete(unit)
+        self._send(unit, gradients)
+
+    def unit_of(self, parameter: nn.Parameter) -> int:
+        """Index of the unit to which `parameter` belongs."""
+        return self._unit_of[parameter]
+
     def end_backward(self) -> None:
         """Every contribution of this backward has been taken: send the rest, count it."""
+        if self._turns is not None:
+            with self._lock:
+                last = list(self._turns.rest())
+            for unit, gradients in last:
+                self._send(unit, gradients)
+            self.num_backwards += self._turns.num
+            self._turns = None
+            return
         rest = self._deferred
         self._deferred = {}
         with self._lock:
@@ -143,7 +187,7 @@ class Gradients:
         has_earlier = any(p in self._arrived_in and p not in replaced for p in self._layouts[unit].by_parameter)
         for parameter in gradients:
             self._arrived_in.setdefault(parameter, self.num_backwards)
-        is_last = self.num_backwards + 1 >= self._micro_batches
+        is_last = self.num_backwards + (self._turns.num if self._turns is not None else 1) >= self._micro_batches
         self._wait_for_slot(self._layouts[unit].unit.name)
         try:
             future = self._loop.submit(
@@ -182,8 +226,13 @@ class Gradients:
         packed: Tensor | None,
         made: Event | None,
     ) -> None:
-        """One unit's gradient on its way home. Serial per unit, in the order in which they were sent."""
+        """One unit's gradient on its way home. Serial per unit, in the order in which they were sent.
+
+        Invariant: the last step's update has used the last step's gradient, which lies where this one goes. A unit that
+        was called is updated; one whose parameters were only read, as private copies, may not be.
+        """
         async with self._unit_locks.setdefault(unit, asyncio.Lock()):
+            await self._settled([self._layouts[unit].unit])
             layout, home = self._layouts[unit], self._homes[unit]["grad"]
             total_nbytes = home.nbytes if home.buffer is None else 0
             link_nbytes = packed.numel() if packed is not None else 0
@@ -303,6 +352,7 @@ class Gradients:
         with self._lock:
             self._harvest = {}
         self._deferred = {}
+        self._turns = None
         self._arrived_in = {}
         self._squares = {}
         self.num_backwards = 0

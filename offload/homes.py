@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
@@ -109,32 +110,36 @@ class ChunkStream:
         writes: Collection[str] = (),
         label: str,
         chunks: Sequence[Chunk] | None = None,
+        held: Mapping[str, Tensor] | None = None,
+        present: bool = False,
+        computed: Callable[[], None] | None = None,
+        needed: int = NEEDED_SOON,
     ) -> None:
         """Call `work(chunk, arrays)` once for each chunk, in `cpu` threads, several chunks in flight.
 
         Kinds in `reads` hold their bytes when `work` runs; kinds in `writes` are stored afterwards. Kinds that rest in
         host memory are worked on where they rest. Raises what a lane or `work` raises, after all chunks have let go.
+
+        Args:
+            held: buffers (uint8, at least the range's size) that take the place of the ring for some kinds.
+            present: what is `held` holds the bytes of its home already.
+            computed: called on the loop after `work` has run on a chunk, before it is stored.
+            needed: orders the reads in the queues of the drives.
         """
         chosen = layout.chunks if chunks is None else chunks
-        await gather_all(
-            self._one(layout, homes, chunk, work, frozenset(reads), frozenset(writes), label) for chunk in chosen
+        visit = _Visit(
+            layout, homes, work, frozenset(reads), frozenset(writes), label, held or {}, present, computed, needed
         )
+        await gather_all(self._one(visit, chunk) for chunk in chosen)
 
-    async def _one(
-        self,
-        layout: UnitLayout,
-        homes: dict[str, Home],
-        chunk: Chunk,
-        work: Callable[[Chunk, ChunkArrays], None],
-        reads: frozenset[str],
-        writes: frozenset[str],
-        label: str,
-    ) -> None:
-        used = {kind: chunk.pieces[kind] for kind in KINDS if kind in reads | writes and kind in chunk.pieces}
-        staged = [kind for kind in used if homes[kind].buffer is None]
+    async def _one(self, visit: _Visit, chunk: Chunk) -> None:
+        homes, held, name = visit.homes, visit.held, visit.layout.unit.name
+        used = {k: chunk.pieces[k] for k in KINDS if k in visit.reads | visit.writes and k in chunk.pieces}
+        stored = [kind for kind in used if homes[kind].buffer is None]
+        staged = [kind for kind in stored if kind not in held]
         sizes = {kind: homes[kind].piece_nbytes[index] for kind, index in used.items()}
         need = sum(sizes[kind] for kind in staged)
-        lease = await self._ring.acquire(need, f"{layout.unit.name} {label}") if need else None
+        lease = await self._ring.acquire(need, f"{name} {visit.label}") if need else None
         try:
             buffers: dict[str, Tensor] = {}
             offset = 0
@@ -142,16 +147,39 @@ class ChunkStream:
                 home = homes[kind]
                 if home.buffer is not None:
                     buffers[kind] = home.piece(used[kind])
+                elif kind in held:
+                    buffers[kind] = home.piece(used[kind], held[kind])
                 else:
                     assert lease is not None
                     buffers[kind] = lease.buffer[offset : offset + sizes[kind]]
                     offset += sizes[kind]
-            await gather_all(homes[kind].read(used[kind], buffers[kind]) for kind in staged if kind in reads)
-            arrays = layout.chunk_arrays(chunk, buffers)
-            await self._lanes.cpu.run(
-                work, chunk, arrays, unit=layout.unit.name, kind=label, nbytes=sum(sizes.values())
+            absent = staged if visit.present else stored
+            await gather_all(
+                homes[kind].read(used[kind], buffers[kind], visit.needed) for kind in absent if kind in visit.reads
             )
-            await gather_all(homes[kind].write(used[kind], buffers[kind]) for kind in staged if kind in writes)
+            arrays = visit.layout.chunk_arrays(chunk, buffers)
+            await self._lanes.cpu.run(
+                visit.work, chunk, arrays, unit=name, kind=visit.label, nbytes=sum(sizes.values())
+            )
+            if visit.computed is not None:
+                visit.computed()
+            await gather_all(homes[kind].write(used[kind], buffers[kind]) for kind in stored if kind in visit.writes)
         finally:
             if lease is not None:
                 lease.release()
+
+
+@dataclass(frozen=True, eq=False)
+class _Visit:
+    """One call of `ChunkStream.visit`."""
+
+    layout: UnitLayout
+    homes: dict[str, Home]
+    work: Callable[[Chunk, ChunkArrays], None]
+    reads: frozenset[str]
+    writes: frozenset[str]
+    label: str
+    held: Mapping[str, Tensor]
+    present: bool
+    computed: Callable[[], None] | None
+    needed: int

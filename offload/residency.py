@@ -1,25 +1,27 @@
-"""Which units' parameters are on the device, and who may use them: fetch, prefetch, hold, let go, evict."""
+"""Which units' parameters are on the device, and who may use them: fetch, prefetch, update, hold, let go, evict."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 from torch import Tensor, nn
 
-from .homes import Home, gather_all
+from .journey import Journeys
 from .layout import UnitLayout
 from .order import UseOrder
 from .scheduler.devices import Device, Event
-from .scheduler.lanes import Lanes
 from .scheduler.loop import LoopThread
 from .scheduler.pool import BudgetExceeded, Lease, Pool
 from .scheduler.storage import NEEDED_NOW, NEEDED_SOON
-from .scheduler.trace import Wait
+from .scheduler.trace import Trace, Wait
 from .units import Unit
+from .update import UnitUpdate
+from .updates import Pending, PendingUpdates
 
 
 class Staged:
@@ -36,49 +38,57 @@ class Staged:
 
 
 class Residency:
-    """Brings units to the device and takes them away.
+    """Brings units to the device, up to date, and takes them away.
 
     Guarantees:
         A unit that is held is never evicted or overwritten.
+        A unit is never handed out before its pending update has been made.
         A prefetch never waits for room: it takes what is free or can be evicted at once, so it cannot stand in the
         way of a fetch that somebody waits for.
         A fetch that somebody waits for waits only for leases whose owners make progress without it.
 
     Where a unit's parameters rest in host memory and the device shares it, the unit computes from where it rests.
+    Between a step's decision and its own update, a unit that is still on the device is stale: its bytes may be updated
+    where they are, or evicted, but nobody computes from them.
 
     Args:
-        resting: for each unit, its staged form (uint8 [staged_nbytes]) where that rests in host memory, else None.
         pool: where staged units are leased from: the device's slots, or host memory where they are one memory.
-        bounce: host staging on the way to a device with a memory of its own.
+        update_window_nbytes: how much the updates under way may stream; with more, the one needed first would share
+            the ring with many that are not.
     """
 
     def __init__(
         self,
         layouts: Sequence[UnitLayout],
-        homes: Sequence[dict[str, Home]],
-        resting: Sequence[Tensor | None],
         device: Device,
-        lanes: Lanes,
         loop: LoopThread,
         pool: Pool,
-        bounce: Pool,
         order: UseOrder,
+        journeys: Journeys,
+        updates: PendingUpdates,
+        update_window_nbytes: int,
+        trace: Trace,
     ) -> None:
         self._layouts = layouts
-        self._homes = homes
-        self._resting = resting
         self._device = device
-        self._lanes = lanes
         self._loop = loop
         self._pool = pool
-        self._bounce = bounce
         self._order = order
+        self._journeys = journeys
+        self._updates = updates
+        self._update_window_nbytes = update_window_nbytes
+        self._trace = trace
         self._lock = threading.Lock()
         self._staged: dict[int, Staged] = {}
+        self._stale: dict[int, Staged] = {}
         self._fetching: dict[int, asyncio.Task[None]] = {}
+        self._updating_nbytes: dict[int, int] = {}
         self._changed: list[asyncio.Future[None]] = []
         self._withdrawn: set[int] = set()
+        self._demanded: Counter[int] = Counter()  # staged for somebody who has not come to hold them yet
         self._prefetch_asked = False
+        self._rooms_wanted = 0
+        journeys.on_stored = self._stored
 
     # -- the training thread's side
 
@@ -95,9 +105,11 @@ class Residency:
                 staged = future.result()
             except BaseException:
                 future.add_done_callback(lambda done: self._undo(units, done))
+                if self._updates.failure is not None:
+                    self._updates.report()
                 raise
             finally:
-                self._lanes.trace.add_wait(Wait(start_s, time.perf_counter(), units[0].name if units else ""))
+                self._trace.add_wait(Wait(start_s, time.perf_counter(), units[0].name if units else ""))
         self.ask_prefetch()
         return staged
 
@@ -110,6 +122,32 @@ class Residency:
                 staged.holds -= 1
                 staged.last_use = event
         self._loop.call_soon(self._notify)
+
+    def expect(self, updates: Mapping[int, UnitUpdate], after: Future[bool] | None) -> dict[int, Future[None]]:
+        """From here on these units (by index) are used only after their updates; never blocks.
+
+        Args:
+            after: what must be done before any of them begins (a commit), or None.
+
+        Returns: for each unit, what is done when its update is stored, or broke off.
+        """
+        with self._lock:
+            made = self._updates.add(updates, after)
+            for index in updates:
+                staged = self._staged.pop(index, None)
+                if staged is not None:
+                    self._stale[index] = staged
+        self.ask_prefetch()
+        return made
+
+    def settle(self, units: Sequence[Unit] | None = None) -> None:
+        """Make and store the pending updates of `units` (all by default); blocks. Raises what a lane raised."""
+        try:
+            self._loop.run(self.settled([layout.unit for layout in self._layouts] if units is None else units))
+        except BaseException:
+            if self._updates.failure is not None:
+                self._updates.report()
+            raise
 
     def ask_prefetch(self) -> None:
         """Fetch what should be needed next, as far as there is room; never blocks."""
@@ -137,6 +175,7 @@ class Residency:
 
     async def _demand(self, units: Sequence[Unit]) -> list[Staged]:
         held: list[Unit] = []
+        self._demanded.update(unit.index for unit in units)
         try:
             for unit in units:
                 await self._ensure(unit)
@@ -145,8 +184,10 @@ class Residency:
             with self._lock:
                 for unit in held:
                     self._staged[unit.index].holds -= 1
-            self._notify()
             raise
+        finally:
+            self._demanded.subtract(unit.index for unit in units)
+            self._notify()
         with self._lock:
             for unit in units:
                 self._order.use(unit.index)
@@ -164,17 +205,48 @@ class Residency:
                     return
             task = self._fetching.get(unit.index)
             if task is None:
-                nbytes = self._layouts[unit.index].staged_nbytes
-                lease = None if self._rests_in_place(unit) else await self._make_room(unit, nbytes)
-                if unit.index in self._fetching or unit.index in self._staged or unit.index in self._withdrawn:
-                    if lease is not None:  # while this one waited for room, somebody else fetched or withdrew it
-                        lease.release()
-                    continue
-                task = self._start_fetch(unit, lease, NEEDED_NOW)
+                old = self._take_stale(unit.index)
+                lease = old.lease if old is not None else None
+                if lease is None and not self._journeys.rests_in_place(unit.index):
+                    lease = await self._make_room(unit, self._layouts[unit.index].staged_nbytes)
+                    if self._is_known(unit.index) or unit.index in self._withdrawn:
+                        lease.release()  # while this one waited for room, somebody else fetched or withdrew it
+                        continue
+                task = self._start_fetch(unit, lease, NEEDED_NOW, old)
             await asyncio.shield(task)
+
+    def _is_known(self, unit: int) -> bool:
+        return unit in self._fetching or unit in self._staged or unit in self._stale
+
+    def _take_stale(self, unit: int) -> Staged | None:
+        """The unit's stale copy, to be updated where it is."""
+        with self._lock:
+            return self._stale.pop(unit, None)
+
+    async def settled(self, units: Sequence[Unit]) -> None:
+        """Return when none of `units` has an update pending or still being stored."""
+        for unit in units:
+            while unit.index in self._fetching or unit.index in self._updates:
+                task = self._fetching.get(unit.index)
+                if task is None:
+                    old = self._take_stale(unit.index)
+                    in_passing = old is None and not self._journeys.rests_in_place(unit.index)
+                    task = self._start_fetch(unit, old.lease if old else None, NEEDED_SOON, old, in_passing)
+                await asyncio.wait([task])
+                if self._updates.failure is not None:
+                    raise self._updates.failure
+            await self._journeys.stored(unit.index)
 
     async def make_room(self, nbytes: int, holder: str) -> Lease:
         """Lease `nbytes` of the staging pool, evicting units that nobody holds when there is no free room."""
+        self._rooms_wanted += 1
+        try:
+            return await self._find_room(nbytes, holder)
+        finally:
+            self._rooms_wanted -= 1
+            self.ask_prefetch()
+
+    async def _find_room(self, nbytes: int, holder: str) -> Lease:
         while True:
             changed = self._when_changed()
             freed = self._pool.freed()
@@ -203,64 +275,60 @@ class Residency:
         with self._lock:
             return sum(s.lease.nbytes for s in self._staged.values() if s.lease is not None and s.holds)
 
-    def _rests_in_place(self, unit: Unit) -> bool:
-        return self._device.one_memory and self._resting[unit.index] is not None
-
-    def _start_fetch(self, unit: Unit, lease: Lease | None, needed: int) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(self._fetch(unit, lease, needed))
+    def _start_fetch(
+        self, unit: Unit, lease: Lease | None, needed: int, old: Staged | None = None, in_passing: bool = False
+    ) -> asyncio.Task[None]:
+        """Move the unit, or with `in_passing` only make its update. Owns `lease` from here on, and `old`'s."""
+        pending = self._updates.take(unit.index)
+        if pending is not None:
+            self._updating_nbytes[unit.index] = self._journeys.update_nbytes(unit.index)
+        if in_passing:
+            work = self._update_in_passing(unit, pending)
+        else:
+            work = self._fetch(unit, lease, needed, pending, old)
+        task = asyncio.get_running_loop().create_task(work)
         self._fetching[unit.index] = task
+        task.add_done_callback(_look_at)
         return task
 
-    async def _fetch(self, unit: Unit, lease: Lease | None, needed: int) -> None:
-        """One unit's journey to the device: home -> (bounce buffer) -> slot. Owns `lease` until it is staged."""
+    async def _update_in_passing(self, unit: Unit, pending: Pending | None) -> None:
+        try:
+            if pending is not None:
+                await self._journeys.update_in_passing(unit, pending)
+        finally:
+            self._ended(unit)
+
+    async def _fetch(
+        self, unit: Unit, lease: Lease | None, needed: int, pending: Pending | None, old: Staged | None
+    ) -> None:
         layout = self._layouts[unit.index]
         try:
-            if lease is None:
-                buffer = self._resting[unit.index]
-                assert buffer is not None
-            else:
-                buffer = lease.buffer[: layout.staged_nbytes]
-                await self._bring(unit, buffer, needed)
+            if old is not None and old.last_use is not None:
+                old.last_use.synchronize()  # its last reader on compute has passed, else the update overtakes it
+            slot = None if lease is None else lease.buffer[: layout.staged_nbytes]
+            buffer = await self._journeys.fetch(unit, slot, needed, pending, old_in_slot=old is not None)
             with self._lock:
-                self._staged[unit.index] = Staged(layout, buffer, lease)
+                staged = Staged(layout, buffer, lease)
+                if unit.index in self._updates:  # decided while this was on its way
+                    self._stale[unit.index] = staged
+                else:
+                    self._staged[unit.index] = staged
         except BaseException:
             if lease is not None:
                 lease.release()
             raise
         finally:
-            del self._fetching[unit.index]
-            self._notify()
+            self._ended(unit)
+        self._prefetch()  # not behind a failure: it would try again, and again
 
-    async def _bring(self, unit: Unit, slot: Tensor, needed: int) -> None:
-        resting = self._resting[unit.index]
-        if resting is not None:
-            await self._upload(unit, slot, resting)
-        elif self._device.one_memory:
-            await self._read(unit, slot, needed)
-        else:
-            lease = await self._bounce.acquire(slot.numel(), f"{unit.name}/param on its way")
-            try:
-                await self._read(unit, lease.buffer, needed)
-                await self._upload(unit, slot, lease.buffer[: slot.numel()])
-            finally:
-                lease.release()
+    def _ended(self, unit: Unit) -> None:
+        del self._fetching[unit.index]
+        self._updating_nbytes.pop(unit.index, None)
+        self._notify()
 
-    async def _read(self, unit: Unit, into: Tensor, needed: int) -> None:
-        layout, homes = self._layouts[unit.index], self._homes[unit.index]
-        boundary = layout.nbytes("param")
-        await gather_all(
-            home.read_all(into[first:last], needed)
-            for home, first, last in (
-                (homes["param"], 0, boundary),
-                (homes["frozen"], boundary, layout.staged_nbytes),
-            )
-            if home.nbytes
-        )
-
-    async def _upload(self, unit: Unit, slot: Tensor, source: Tensor) -> None:
-        await self._lanes.h2d.run(
-            self._device.upload, slot, source, None, unit=unit.name, kind="param", nbytes=source.numel()
-        )
+    def _stored(self) -> None:
+        self._notify()
+        self._prefetch()
 
     def _prefetch(self) -> None:
         self._prefetch_asked = False
@@ -269,19 +337,30 @@ class Residency:
             if index in wanted:
                 continue
             wanted.append(index)
-            unit = self._layouts[index].unit
             if index in self._staged or index in self._fetching or index in self._withdrawn:
                 continue
-            lease = None
-            if not self._rests_in_place(unit):
+            unit = self._layouts[index].unit
+            if index in self._updates and not self._may_update(index):
+                return
+            old, lease = self._take_stale(index), None
+            if old is not None:
+                lease = old.lease
+            elif not self._journeys.rests_in_place(index):
                 lease = self._room_now(unit, wanted)
                 if lease is None:
                     return
-            task = self._start_fetch(unit, lease, NEEDED_SOON)
-            task.add_done_callback(_look_at)
+            self._start_fetch(unit, lease, NEEDED_SOON, old)
+
+    def _may_update(self, unit: int) -> bool:
+        """Whether one more update fits beside those under way; what is needed first must not share with too many."""
+        if not self._updating_nbytes:
+            return True
+        return sum(self._updating_nbytes.values()) + self._journeys.update_nbytes(unit) <= self._update_window_nbytes
 
     def _room_now(self, unit: Unit, keep: Sequence[int]) -> Lease | None:
         """A lease for a prefetch, at most by evicting units that are needed later than all of `keep`."""
+        if self._rooms_wanted:
+            return None  # else prefetches would take in turn what is evicted for somebody who waits for more of it
         nbytes = self._layouts[unit.index].staged_nbytes
         try:
             lease = self._pool.try_acquire(nbytes, f"{unit.name}/param")
@@ -296,15 +375,21 @@ class Residency:
         with self._lock:
             candidates = {
                 index: staged
-                for index, staged in self._staged.items()
-                if not staged.holds and staged.lease is not None and index not in keep
+                for copies in (self._staged, self._stale)
+                for index, staged in copies.items()
+                if not staged.holds
+                and staged.lease is not None
+                and index not in keep
+                and not self._demanded[index]
+                and not self._journeys.is_storing(index)
             }
             if not candidates:
                 return False
             distance = {index: position for position, index in reversed(list(enumerate(self._order.upcoming())))}
             victim = max(candidates, key=lambda index: distance.get(index, len(distance) + 1))
-            staged = self._staged.pop(victim)
-        self._let_go(staged)
+            for copies in (self._staged, self._stale):
+                copies.pop(victim, None)
+        self._let_go(candidates[victim])
         return True
 
     def _let_go(self, staged: Staged) -> None:
@@ -315,11 +400,13 @@ class Residency:
             staged.lease.release()
 
     async def withdraw(self, units: Sequence[Unit]) -> None:
-        """Evict `units` and let nobody fetch them until `admit`, because their values are about to change.
+        """Evict `units` and let nobody fetch them until `admit`, because their values are about to be written.
 
         Invariant: no fetch begins between the two. One that did would stage bytes of before, or half of each, and
-        serve them to the next forward without a sign. Raises: as `evict`; nothing is withdrawn then.
+        serve them to the next forward without a sign. Invariant: no update of theirs is pending or being stored, else
+        it would be made from what is written now. Raises: as `evict`; nothing is withdrawn then.
         """
+        await self.settled(units)
         self._withdrawn.update(unit.index for unit in units)
         try:
             await self.evict(units)

@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from .bindings import Bindings
 from .gradients import Gradients
 from .guards import GradientInEngine
-from .residency import Residency
+from .residency import Residency, Staged
 from .scheduler.devices import Device
+from .turns import Stay, Turn
 from .units import CallSite, ParameterInfo
 from .usage import CallLedger, ComputeRecord
+
+FIRST_TURN = Turn(0, None)
+"""Of every call in a pass without turns."""
+NOBODYS_TURN = Turn(-1, None)
+"""Of a call that a recomputation in the backward of a pass with turns makes: no micro-batch waits for it."""
 
 
 class CallRuntime:
@@ -25,6 +31,9 @@ class CallRuntime:
 
     A backward begins at the first call that autograd visits and ends when autograd has visited the last node. One
     that began and whose end was never told has raised midway; its gradients are not whole, and the step says so.
+
+    Micro-batches may take turns (`vertical.py`): `turn` then says whose code runs. Their forwards are several, their
+    backward is one.
 
     Args:
         check_open: raises if the engine is closed.
@@ -57,6 +66,12 @@ class CallRuntime:
         self._in_forward = 0
         self._in_backward = False
         self._broken: str | None = None
+        self._stay = Stay(residency)
+        self._taking_turns = False
+        self._leaves: dict[tuple[int, nn.Parameter], nn.Parameter] = {}
+        self.turn: Turn | None = None
+        self.pause: Callable[[CallSite], None] | None = None
+        self.stashed: set[tuple[nn.Module, str]] = set()
 
     def attach(self, parameters: Sequence[ParameterInfo]) -> None:
         """Take the gradients of these parameters as autograd accumulates them."""
@@ -101,11 +116,7 @@ class CallRuntime:
     def check_accumulation(self, partial: bool) -> None:
         """Raises: RuntimeError if the step's gradients are not whole, with what is missing."""
         done, wanted = self._gradients.num_backwards, self._micro_batches
-        if self._broken:
-            raise RuntimeError(
-                f"{self._broken}, so this step's gradients are incomplete; drop them with "
-                "engine.optimizer.zero_grad() and go on"
-            )
+        self.check_whole()
         if done == wanted or (partial and 0 < done < wanted):
             return
         mend = (
@@ -115,10 +126,60 @@ class CallRuntime:
         )
         raise RuntimeError(f"step() after {done} of {wanted} backwards (micro_batches={wanted}); {mend}")
 
+    def check_whole(self) -> None:
+        """Raises: RuntimeError if a backward of this step raised midway."""
+        if self._broken:
+            raise RuntimeError(
+                f"{self._broken}, so this step's gradients are incomplete; drop them with "
+                "engine.optimizer.zero_grad() and go on"
+            )
+
     def forget(self) -> None:
         """The accumulation was dropped, and with it what had gone wrong."""
         self._in_backward = False
         self._broken = None
+
+    # -- micro-batches that take turns
+
+    @contextlib.contextmanager
+    def taking_turns(self, num: int) -> Iterator[None]:
+        """Inside, `num` micro-batches run their forwards in turns and their backwards as one."""
+        self._gradients.begin_turns(num, self.ledger.pending)
+        self._taking_turns = True
+        try:
+            yield
+        finally:
+            self._taking_turns = False
+            self.turn, self.pause = None, None
+            self.stashed = set()
+            self._leaves = {}
+            self._stay.end()
+            if not self.accumulating:  # no backward was made
+                self._gradients.drop()
+
+    def leaf(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What code outside of units computes with instead of `parameter`, which shows its values.
+
+        Invariant: where micro-batches take turns, each has a leaf of its own. Autograd would add up what they
+        contribute to one leaf before anybody sees it, in 16 bits and in an order of its own.
+        """
+        turn = self.turn
+        if turn is None or self._depth or not parameter.requires_grad or not torch.is_grad_enabled():
+            return parameter
+        leaf = self._leaves.get((turn.micro_batch, parameter))
+        if leaf is None:
+            unit, micro_batch = self._gradients.unit_of(parameter), turn.micro_batch
+            leaf = self._leaves[micro_batch, parameter] = nn.Parameter(parameter.data)
+
+            def take(leaf: Tensor) -> None:
+                self._backward_seen()
+                self._gradients.take(parameter, micro_batch, leaf)
+                self.ledger.owe(unit, micro_batch, -1)
+                self._gradients.flush_turn(unit, None)
+
+            leaf.register_post_accumulate_grad_hook(take)
+            self.ledger.owe(unit, micro_batch, 1)
+        return leaf
 
     # -- one call (see calls.CallHost)
 
@@ -126,32 +187,72 @@ class CallRuntime:
     def recomputing(self) -> int:
         return getattr(self._thread, "recomputing", 0)
 
+    @property
+    def _depth(self) -> int:
+        """How many calls of units the calling thread is inside of."""
+        return getattr(self._thread, "depth", 0)
+
+    def before_call(self, site: CallSite) -> None:
+        if self.pause is not None and not self._depth:
+            self.pause(site)
+
     @contextlib.contextmanager
     def hold(self, site: CallSite, recompute: bool = False) -> Iterator[None]:
         self._check_open()
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
+        with self._staged(site, recompute) as staged:
+            self._bindings.bind(staged)
+            begin = self.device.record()
+            self._thread.recomputing = self.recomputing + recompute
+            self._thread.depth = self._depth + 1
+            try:
+                yield
+            finally:
+                self._thread.depth -= 1
+                self._thread.recomputing -= recompute
+                self._compute.add(site, begin, self.device.record())
+                self._bindings.unbind(staged)
+
+    @contextlib.contextmanager
+    def _staged(self, site: CallSite, recompute: bool) -> Iterator[Sequence[Staged]]:
+        """The site's units on the device: for this call, or until the last turn of its round."""
+        round = self.turn.round if self.turn is not None and not self._depth else None
+        if round is not None and round.site is site:
+            staged = self._stay.begin(round)
+            try:
+                yield staged
+            finally:
+                if not recompute:
+                    round.to_come -= 1
+                    if not round.to_come:
+                        self._stay.end()
+            return
+        if not self._depth:
+            self._stay.end()  # nothing may be held that somebody waits for
         staged = self._residency.acquire(site.units)
         try:
-            self._bindings.bind(staged)
-        except BaseException:
-            self._residency.release(site.units)
-            raise
-        begin = self.device.record()
-        self._thread.recomputing = self.recomputing + recompute
-        try:
-            yield
+            yield staged
         finally:
-            self._thread.recomputing -= recompute
-            self._compute.add(site, begin, self.device.record())
-            self._bindings.unbind(staged)
             self._residency.release(site.units)
 
-    def forward_made(self, site: CallSite) -> None:
-        self.ledger.made(site)
+    def forward_made(self, site: CallSite) -> Turn:
+        turn = self.turn
+        if turn is None:
+            turn = NOBODYS_TURN if self._taking_turns else FIRST_TURN
+        elif turn.round is not None and (turn.round.site is not site or self._depth):
+            turn = Turn(turn.micro_batch, None)
+        if turn.round is not None:
+            turn.round.calls += 1
+        self.ledger.made(site, turn.micro_batch)
+        return turn
 
-    def forward_dropped(self, site: CallSite) -> None:
-        self.ledger.done(site)
+    def forward_dropped(self, site: CallSite, turn: Turn) -> None:
+        self.ledger.done(site, turn.micro_batch)
+
+    def results_stashed(self, attributes: Sequence[tuple[nn.Module, str]]) -> None:
+        if self._taking_turns:
+            self.stashed.update(attributes)
 
     def boundary_held(self, nbytes: int) -> None:
         self.ledger.boundary_held(nbytes)
@@ -159,19 +260,30 @@ class CallRuntime:
     def temporaries_seen(self, site: CallSite, nbytes: int) -> None:
         self.ledger.temporaries_seen(nbytes)
 
-    def backward_begins(self, site: CallSite) -> None:
+    def backward_begins(self, site: CallSite, turn: Turn) -> None:
         self._check_open()
         self._backward_seen()
+        self.turn = turn if self._taking_turns else None
         for unit in site.units:
             for info in unit.parameters:
                 info.parameter.grad = None
 
-    def backward_ended(self, site: CallSite, first_visit: bool) -> None:
+    def backward_ended(self, site: CallSite, turn: Turn, first_visit: bool) -> None:
         if first_visit:
-            self.ledger.done(site)
+            self.ledger.done(site, turn.micro_batch)
+        if not self._taking_turns:
+            for unit in site.units:
+                private = any(self._bindings.is_private(info.parameter) for info in unit.parameters)
+                more_to_come = private or not first_visit or self.ledger.pending(unit.index)
+                self._gradients.flush(unit.index, more_to_come)
+            return
+        self.turn = None
+        if turn.round is not None and first_visit:
+            turn.round.calls -= 1
+            if not turn.round.calls:
+                self._stay.end()
         for unit in site.units:
-            private = any(self._bindings.is_private(info.parameter) for info in unit.parameters)
-            self._gradients.flush(unit.index, private or not first_visit or self.ledger.pending(unit.index))
+            self._gradients.flush_turn(unit.index, turn.micro_batch)
 
     # -- backwards
 
@@ -197,7 +309,7 @@ class CallRuntime:
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
         self._backward_seen()
-        self._gradients.take(parameter)
+        self._gradients.take(parameter, self.turn.micro_batch if self.turn is not None else 0)
 
 
 class _GradientClearer:

@@ -1,27 +1,21 @@
-"""One optimizer step: the global norm, the decision to skip, and every unit's update."""
+"""One optimizer step is decided here: the global norm, whether to skip, and every unit's update."""
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from .gradients import Gradients
-from .homes import ChunkStream, Home, gather_all
 from .layout import UnitLayout
 from .optimizers import OptimizerSpec, Scalars
-from .residency import Residency
-from .scheduler.loop import LoopThread
 from .units import ParameterInfo
 from .update import UnitUpdate
 
 CLIP_EPS = 1e-6
 """Added to the norm before the division, as `torch.nn.utils.clip_grad_norm_` does."""
-
-UPDATES_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -35,18 +29,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An update that is ready to run: each unit's, in order of use, and the parameters that it changes."""
+    """A step that is decided: each unit's update by the unit's index, and the parameters that it changes."""
 
-    work: Sequence[tuple[UnitLayout, UnitUpdate]]
+    updates: Mapping[int, UnitUpdate]
     parameters: Sequence[nn.Parameter]
-
-    @property
-    def units(self) -> list[int]:
-        return [layout.unit.index for layout, _ in self.work]
-
-
-class UpdateInterrupted(KeyboardInterrupt):
-    """Ctrl-C came during an update, which is whole all the same."""
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -55,7 +41,7 @@ def clip_factor(norm: float, max_norm: float) -> float:
 
 
 class Stepper:
-    """Runs steps. Knows step counts: a parameter without a gradient does not age.
+    """Decides steps. Knows step counts: a parameter without a gradient does not age.
 
     Args:
         parameters: all of them, in the order of names in which norms are summed.
@@ -66,20 +52,12 @@ class Stepper:
         spec: OptimizerSpec,
         parameters: Sequence[ParameterInfo],
         layouts: Sequence[UnitLayout],
-        homes: Sequence[dict[str, Home]],
         gradients: Gradients,
-        residency: Residency,
-        stream: ChunkStream,
-        loop: LoopThread,
     ) -> None:
         self._spec = spec
         self._by_name = [info.parameter for info in sorted(parameters, key=lambda info: info.name)]
         self._layouts = layouts
-        self._homes = homes
         self._gradients = gradients
-        self._residency = residency
-        self._stream = stream
-        self._loop = loop
         self.counts = {info.parameter: 0 for info in parameters if info.trainable}
 
     def norm(self) -> float:
@@ -111,39 +89,14 @@ class Stepper:
                     if count not in made:
                         made[count] = self._spec.scalars(group, count)
                     scalars[parameter] = made[count]
-        work = []
+        updates = {}
         for layout in self._layouts:
             mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
             if mine:
-                work.append((layout, UnitUpdate(self._spec, layout, mine, grad_scale)))
-        return Prepared(work, list(scalars))
+                updates[layout.unit.index] = UnitUpdate(self._spec, layout, mine, grad_scale)
+        return Prepared(updates, list(scalars))
 
-    def update(self, prepared: Prepared) -> None:
-        """Run a prepared update; its parameters age by one step. Blocks until all is written back.
-
-        An interrupt from the keyboard is raised once the update is whole: half of one could not be gone on from.
-        """
-        future = self._loop.submit(self._run(prepared.work))
-        interrupt = None
-        try:
-            future.result()
-        except KeyboardInterrupt as error:
-            future.result()
-            interrupt = UpdateInterrupted(*error.args)
+    def book(self, prepared: Prepared) -> None:
+        """The parameters of a prepared update age by one step."""
         for parameter in prepared.parameters:
             self.counts[parameter] += 1
-        if interrupt is not None:
-            raise interrupt
-
-    async def _run(self, work: Sequence[tuple[UnitLayout, UnitUpdate]]) -> None:
-        """Units in order of use, a few at a time, so that reads, updates and writes of neighbours overlap."""
-        units = [layout.unit for layout, _ in work]
-        await self._residency.withdraw(units)
-        gate = asyncio.Semaphore(UPDATES_IN_FLIGHT)
-
-        async def one(layout: UnitLayout, update: UnitUpdate) -> None:
-            async with gate:
-                await update.run(self._stream, self._homes[layout.unit.index])
-            self._residency.admit([layout.unit])
-
-        await gather_all(one(layout, update) for layout, update in work)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from .homes import ChunkStream, Home
 from .layout import Chunk, ChunkArrays, UnitLayout
 from .optimizers import OptimizerSpec, Scalars
+from .scheduler.storage import NEEDED_SOON
 
 
 class Range(NamedTuple):
@@ -35,14 +36,27 @@ class UnitUpdate:
         self._layout = layout
         self._scalars = scalars
         self._grad_scale = grad_scale
+        self._chunks = [chunk for chunk in layout.chunks if chunk.segment != "frozen"]
 
-    async def run(self, stream: ChunkStream, homes: dict[str, Home]) -> None:
-        """Read states, update, write states and the new parameters.
+    @property
+    def num_chunks(self) -> int:
+        return len(self._chunks)
+
+    async def run(
+        self,
+        stream: ChunkStream,
+        homes: dict[str, Home],
+        *,
+        held: Mapping[str, Tensor] | None = None,
+        present: bool = False,
+        computed: Callable[[], None] | None = None,
+        needed: int = NEEDED_SOON,
+    ) -> None:
+        """Read states, update, write states and the new parameters; see `ChunkStream.visit` for the arguments.
 
         A unit is rewritten whole, also where only some of its parameters have a gradient, so that a range in the
         store is always of one step.
         """
-        chunks = [chunk for chunk in self._layout.chunks if chunk.segment != "frozen"]
         await stream.visit(
             self._layout,
             homes,
@@ -50,7 +64,11 @@ class UnitUpdate:
             reads=("param", "states", "grad"),
             writes=("param", "states"),
             label="update",
-            chunks=chunks,
+            chunks=self._chunks,
+            held=held,
+            present=present,
+            computed=computed,
+            needed=needed,
         )
 
     def _work(self, chunk: Chunk, arrays: ChunkArrays) -> None:

@@ -18,25 +18,27 @@ class CallLedger:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._pending: dict[int, int] = {}
+        self._pending: dict[tuple[int, int], int] = {}
         self._boundary_nbytes = 0
         self.boundaries_peak_nbytes = 0
         self.temporaries_nbytes = 0
 
-    def made(self, site: CallSite) -> None:
-        self._add(site, 1)
+    def made(self, site: CallSite, micro_batch: int = 0) -> None:
+        for unit in site.units:
+            self.owe(unit.index, micro_batch, 1)
 
-    def done(self, site: CallSite) -> None:
-        self._add(site, -1)
+    def done(self, site: CallSite, micro_batch: int = 0) -> None:
+        for unit in site.units:
+            self.owe(unit.index, micro_batch, -1)
 
-    def _add(self, site: CallSite, by: int) -> None:
+    def owe(self, unit: int, micro_batch: int, by: int) -> None:
+        """Backward owes `unit` so many more (or, negative, fewer) contributions of `micro_batch`."""
         with self._lock:
-            for unit in site.units:
-                self._pending[unit.index] = self._pending.get(unit.index, 0) + by
+            self._pending[unit, micro_batch] = self._pending.get((unit, micro_batch), 0) + by
 
-    def pending(self, unit: int) -> bool:
-        """Whether some call of the unit still waits for its backward."""
-        return self._pending.get(unit, 0) > 0
+    def pending(self, unit: int, micro_batch: int = 0) -> bool:
+        """Whether some call of the unit by the micro-batch still waits for its backward."""
+        return self._pending.get((unit, micro_batch), 0) > 0
 
     def boundary_held(self, nbytes: int) -> None:
         with self._lock:

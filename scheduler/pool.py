@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -46,6 +47,14 @@ class Lease:
         if pool is None:
             raise RuntimeError(f"lease of {self.holder} released twice; a lease is given back exactly once")
         pool._take_back(self)
+
+
+class _Waiter(NamedTuple):
+    """Somebody in line for `nbytes`, to be told in `loop` by `turn`."""
+
+    nbytes: int
+    loop: asyncio.AbstractEventLoop
+    turn: asyncio.Future[None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +102,7 @@ class Pool:
         self._peak_nbytes = 0
         self._holders: Counter[str] = Counter()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._line: deque[_Waiter] = deque()
 
     def try_acquire(self, nbytes: int, holder: str) -> Lease | None:
         """A lease if the bytes are free now, else None. Never waits.
@@ -128,14 +138,34 @@ class Pool:
         return Lease(self, buffer, holder)
 
     async def acquire(self, nbytes: int, holder: str) -> Lease:
-        """A lease, waiting on the loop until the bytes are free. Hold no other lease of this pool meanwhile."""
-        while True:
-            freed = self.freed()
-            lease = self.try_acquire(nbytes, holder)
+        """A lease, waiting in line on the loop until the bytes are free. Hold no other lease of this pool meanwhile."""
+        lease = self.try_acquire(nbytes, holder)
+        in_front = False
+        while lease is None:
+            turn = self._stand_in_line(page_ceil(nbytes), in_front)
+            lease = self.try_acquire(nbytes, holder)  # bytes may have come back before this one stood in line
             if lease is not None:
-                freed.cancel()
-                return lease
-            await freed
+                turn.cancel()
+                break
+            try:
+                await turn
+            except asyncio.CancelledError:
+                self._wake_waiters()  # its turn may have come: the next in line would never hear of these bytes
+                raise
+            lease = self.try_acquire(nbytes, holder)
+            in_front = True  # whoever took its turn away did not stand in line
+        return lease
+
+    def _stand_in_line(self, nbytes: int, in_front: bool) -> asyncio.Future[None]:
+        """A future of the running loop that is done once `nbytes` are free and nobody is before this one."""
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(nbytes, loop, loop.create_future())
+        with self._lock:
+            if in_front:
+                self._line.appendleft(waiter)
+            else:
+                self._line.append(waiter)
+        return waiter.turn
 
     def freed(self) -> asyncio.Future[None]:
         """A future of the running loop that is done once any lease has come back after this call."""
@@ -163,8 +193,15 @@ class Pool:
             del self._holders[holder]
 
     def _wake_waiters(self) -> None:
+        """Tell who watches, and as many in line as there are bytes for: waking all is work of its length squared."""
         with self._lock:
             waiters, self._waiters = self._waiters, []
+            free_nbytes = self.capacity_nbytes - self._leased_nbytes
+            while self._line and (self._line[0].turn.done() or self._line[0].nbytes <= free_nbytes):
+                nbytes, loop, turn = self._line.popleft()
+                if not turn.done():
+                    free_nbytes -= nbytes
+                    waiters.append((loop, turn))
         for loop, future in waiters:
             loop.call_soon_threadsafe(_wake, future)
 

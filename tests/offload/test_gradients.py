@@ -40,6 +40,10 @@ class SlowStore:
         self.pieces[key, piece] = buffer.clone()
 
 
+async def settled(units: Any) -> None:
+    """No update is ever pending here."""
+
+
 class Rig:
     """Gradients of three units, Linear(16, 16) in fp32, that rest in a `SlowStore`."""
 
@@ -61,6 +65,7 @@ class Rig:
             self.loop,
             stage.acquire,
             num_backwards,
+            settled,
         )
         self.weights = [layer.weight for layer in model]
 

@@ -153,15 +153,16 @@ def test_mixed_plan_uses_both_tiers(
 
 
 def test_all_nvme_moves_every_byte(kit: SimpleNamespace, placements: Placements) -> None:
-    """fp32, one micro-batch: 4 B of parameter, 4 B of gradient and 8 B of moments per element at least, both ways."""
+    """fp32, one micro-batch: 4 B of parameter, 4 B of gradient and 8 B of moments per element at least are written, and
+    the latter two read; parameters of units that are still staged are not read again."""
     with OffloadEngine(kit.TinyGPT(), SPEC, placements.config("nvme", dtype=torch.float32)) as engine:
-        x, y = kit.batches(1)[0]
-        engine.backward(engine(x, y))
-        moved = engine.step().nbytes
+        for x, y in kit.batches(2):  # a step's update falls into the next one
+            engine.backward(engine(x, y))
+            moved = engine.step().nbytes
         used = engine.memory.host_used_nbytes
     numel = sum(p.numel() for p in kit.TinyGPT().parameters())
     assert moved["write"] >= 16 * numel
-    assert moved["read"] >= 16 * numel
+    assert moved["read"] >= 12 * numel
     assert used > 0
 
 

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from offload import AdamW, OffloadConfig
 from offload.assembly import Assembly, assemble
+from offload.homes import ChunkStream
+from offload.journey import Journeys
 from offload.order import UseOrder
 from offload.residency import Residency
 from offload.scheduler.devices import Event, FakeDevice, HostEvent
 from offload.scheduler.loop import LoopThread
 from offload.scheduler.pool import BudgetExceeded
 from offload.units import Unit
+from offload.updates import PendingUpdates
 
 PATIENCE_S = 20
 UNIT_NBYTES = 8192  # Linear(16, 16) in fp32: 272 elements, filled up to 2048
@@ -74,9 +77,14 @@ class Rig:
         self.loop = LoopThread()
         parts = self.parts
         self.order = UseOrder({"train": expected_order})
+        self.updates = PendingUpdates()
+        self.stream = ChunkStream(parts.ring, parts.lanes)
+        journeys = Journeys(
+            parts.layouts, parts.homes, parts.resting, parts.device, parts.lanes, parts.stage, self.stream, self.updates
+        )
         self.residency = Residency(
-            parts.layouts, parts.homes, parts.resting, parts.device, parts.lanes, self.loop, parts.slots, parts.stage,
-            self.order,
+            parts.layouts, parts.device, self.loop, parts.slots, self.order, journeys, self.updates, 1 << 20,
+            parts.lanes.trace,
         )  # fmt: skip
 
     def acquire(self, index: int) -> Tensor:

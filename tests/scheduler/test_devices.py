@@ -92,6 +92,31 @@ def test_fake_copy_waits_for_the_event_it_is_given() -> None:
     assert (slot == 9).all()
 
 
+def test_fake_link_directions_each_take_bytes_over_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies queue within their direction only; a clock that moves when somebody sleeps tells when each ends."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    device = FakeDevice(max_delay_s=0.0, h2d_gb_s=1e-9 * NBYTES, d2h_gb_s=2e-9 * NBYTES)
+    slot, host = device.allocate(NBYTES), pattern(device, 1)
+    device.upload(slot, host, None)
+    assert now[0] == pytest.approx(101.0)
+    device.download(host, slot, None)
+    assert now[0] == pytest.approx(101.5)
+    now[0] = 101.0  # seen from another thread: the next upload waits for the end of no download
+    device.upload(slot, host, None)
+    assert now[0] == pytest.approx(102.0)
+    now[0] = 101.25  # while that upload is on its way
+    device.upload(slot, host, None)
+    assert now[0] == pytest.approx(103.0)
+
+
+@pytest.mark.parametrize("speeds", [{"h2d_gb_s": 0}, {"d2h_gb_s": -1.0}])
+def test_a_link_without_bandwidth_is_refused(speeds: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be above zero"):
+        FakeDevice(**speeds)
+
+
 def test_copy_of_another_size_is_refused() -> None:
     device = FakeDevice()
     with pytest.raises(ValueError, match=r"copy of 64 bytes into a buffer of 128 bytes"):

@@ -231,3 +231,73 @@ def test_close_drops_warm_buffers(memory: Memory) -> None:
     pool.close()
     assert memory.live_nbytes == PAGE_NBYTES
     held.release()
+
+
+def test_a_long_line_is_woken_one_by_one(memory: Memory) -> None:
+    """Waking everybody at every release is what made a ring with hundreds of chunks in line burn its loop."""
+    asked = 0
+
+    class Counting(Pool):
+        def try_acquire(self, nbytes: int, holder: str) -> Lease | None:
+            nonlocal asked
+            asked += 1
+            return super().try_acquire(nbytes, holder)
+
+    pool = Counting("test memory", 2 * PAGE_NBYTES, memory.allocate)
+    served: list[int] = []
+
+    async def chunk(number: int) -> None:
+        lease = await pool.acquire(PAGE_NBYTES, "chunk")
+        served.append(number)
+        await asyncio.sleep(0)
+        lease.release()
+
+    async def everybody() -> None:
+        await asyncio.gather(*(chunk(number) for number in range(200)))
+
+    asyncio.run(everybody())
+    assert served == list(range(200)), "first come, first served"
+    assert asked <= 4 * 200
+    assert pool.statistics().leased_nbytes == 0
+
+
+def test_a_turn_that_nobody_takes_goes_to_the_next_in_line(memory: Memory) -> None:
+    pool = pool_of(memory, 1)
+
+    async def scenario() -> None:
+        held = take(pool, 1)
+        first = asyncio.create_task(pool.acquire(1, "first"))
+        second = asyncio.create_task(pool.acquire(1, "second"))
+        await asyncio.sleep(0)
+        held.release()  # it is the first one's turn
+        await asyncio.sleep(0)
+        first.cancel()
+        lease = await asyncio.wait_for(second, 5)
+        lease.release()
+        assert first.cancelled()
+
+    asyncio.run(scenario())
+
+
+def test_whoever_lost_its_turn_to_a_passer_by_keeps_its_place(memory: Memory) -> None:
+    pool = pool_of(memory, 1)
+    order: list[str] = []
+
+    async def waits(name: str) -> None:
+        lease = await pool.acquire(1, name)
+        order.append(name)
+        lease.release()
+
+    async def scenario() -> None:
+        held = take(pool, 1)
+        tasks = [asyncio.create_task(waits("first")), asyncio.create_task(waits("second"))]
+        await asyncio.sleep(0)
+        held.release()
+        passer_by = take(pool, 1)  # before the first one runs
+        await asyncio.sleep(0.01)
+        assert order == []
+        passer_by.release()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert order == ["first", "second"]

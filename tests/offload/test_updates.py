@@ -1,0 +1,263 @@
+"""Updates behind the next forward: nothing stale is ever used, nothing is forgotten, and nobody waits for others'."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload import SGD, AdamW, OffloadConfig, OffloadEngine
+from offload.residency import Residency
+from offload.update import UnitUpdate
+
+ALL_NVME = {"param": "nvme", "states": "nvme", "grad": "nvme"}
+PATIENCE_S = 20
+SPEC = AdamW(lr=1e-2)
+
+
+class Gates:
+    """Updates of chosen units (by name) wait until their gate is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.closed: dict[str, threading.Event] = {}
+        self.waiting = threading.Event()
+        work = UnitUpdate._work
+
+        def gated(update: UnitUpdate, *args: Any) -> None:
+            gate = self.closed.get(update._layout.unit.name)
+            if gate is not None:
+                self.waiting.set()
+                assert gate.wait(PATIENCE_S)
+            work(update, *args)
+
+        monkeypatch.setattr(UnitUpdate, "_work", gated)
+
+    def close(self, unit: str) -> threading.Event:
+        self.closed[unit] = threading.Event()
+        return self.closed[unit]
+
+
+@pytest.fixture
+def gates(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gates]:
+    made = Gates(monkeypatch)
+    yield made
+    for gate in made.closed.values():
+        gate.set()
+
+
+class Stack(nn.Module):
+    """Linear layers in a row, of which a forward may skip some."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+        self.skip: set[int] = set()
+        self.done: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.done = []
+        for index, layer in enumerate(self.layers):
+            if index not in self.skip:
+                x = torch.tanh(layer(x))
+                self.done.append(index)
+        return x
+
+
+def config(folder: Path | None = None, **settings: Any) -> OffloadConfig:
+    base: dict[str, Any] = {"device": "cpu", "dtype": torch.float32, "host_memory": "64MiB"}
+    if folder is not None:
+        base |= {"nvme": folder, "homes": ALL_NVME}
+    return OffloadConfig(**(base | settings))
+
+
+def data(number: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(number))
+
+
+def plain(steps: int, skips: Callable[[int], set[int]] = lambda step: set(), lr: float = 1e-2) -> Stack:
+    model = Stack()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for step in range(steps):
+        model.skip = skips(step)
+        model(data(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def one_step(engine: OffloadEngine, number: int) -> None:
+    engine.backward(engine(data(number)).square().mean())
+    engine.step()
+
+
+def assert_close(found: dict[str, Tensor], model: nn.Module) -> None:
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()))
+    thread.start()
+    return thread, results
+
+
+@pytest.mark.parametrize("placement", ["memory", "nvme", "fake"])
+def test_a_forward_waits_for_the_update_of_its_unit_only(placement: str, tmp_path: Path, gates: Gates) -> None:
+    settings: dict[str, Any] = {"device": "fake", "device_memory": "1MiB"} if placement == "fake" else {}
+    model = Stack()
+    with OffloadEngine(model, SPEC, config(None if placement == "memory" else tmp_path, **settings)) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        gate = gates.close("layers.2")
+        engine.step()
+        forward, results = in_thread(lambda: engine(data(1)).detach().clone())
+        deadline = time.monotonic() + PATIENCE_S
+        while model.done != [0, 1] and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert gates.waiting.wait(PATIENCE_S)
+        forward.join(0.1)
+        assert model.done == [0, 1] and forward.is_alive(), "unit 2 may be used only after its update"
+        gate.set()
+        forward.join(PATIENCE_S)
+        torch.testing.assert_close(results[0], plain(1)(data(1)).detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_without_the_mark_of_staleness_old_values_would_be_used(monkeypatch: pytest.MonkeyPatch, gates: Gates) -> None:
+    """The guard taken out: a unit that is still on the device is handed out as it is."""
+
+    def expect(residency: Residency, updates: Any, after: Any) -> Any:
+        made = residency._updates.add(updates, after)
+        residency.ask_prefetch()
+        return made
+
+    monkeypatch.setattr(Residency, "expect", expect)
+    with OffloadEngine(Stack(), SPEC, config()) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        for name in ("layers.0", "layers.1", "layers.2"):
+            gates.close(name)
+        engine.step()
+        found = engine(data(1)).detach()
+        for gate in gates.closed.values():
+            gate.set()
+        assert not torch.allclose(found, plain(1)(data(1)).detach(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("folder", [None, "run"])
+def test_a_unit_that_the_next_forward_skips_is_updated_all_the_same(folder: str | None, tmp_path: Path) -> None:
+    def skips(step: int) -> set[int]:
+        return {1} if step % 2 else set()
+
+    model = Stack()
+    with OffloadEngine(model, SPEC, config(tmp_path / folder if folder else None)) as engine:
+        for step in range(5):
+            model.skip = skips(step)
+            one_step(engine, step)
+        assert_close(engine.state_dict(), plain(5, skips))
+
+
+@pytest.mark.parametrize("folder", [None, "run"])
+def test_every_way_to_read_values_gives_those_after_the_step(folder: str | None, tmp_path: Path) -> None:
+    expected = plain(1)
+    name = "layers.2.weight"
+
+    def gathered(engine: OffloadEngine) -> Tensor:
+        with engine.gather(name) as values:
+            return values[name].value
+
+    ways: list[Callable[[OffloadEngine], Tensor]] = [
+        lambda engine: engine.state_dict()[name],
+        lambda engine: engine.module.state_dict()[name],
+        lambda engine: engine.module.layers[2].weight.detach().clone(),
+        gathered,
+        lambda engine: next(v.value for p, v in engine.read_states().items() if v.name == name),
+    ]
+    for number, way in enumerate(ways):
+        with OffloadEngine(Stack(), SPEC, config(tmp_path / f"{number}" if folder else None)) as engine:
+            one_step(engine, 0)
+            torch.testing.assert_close(way(engine), expected.state_dict()[name], rtol=1e-5, atol=1e-7)
+
+
+def test_values_written_right_after_a_step_are_not_updated_by_it(tmp_path: Path) -> None:
+    with OffloadEngine(Stack(), SPEC, config(tmp_path)) as engine:
+        one_step(engine, 0)
+        engine.load_state_dict({name: torch.ones_like(value) for name, value in Stack().state_dict().items()})
+        assert all((value == 1).all() for value in engine.state_dict().values())
+
+
+def test_hyperparameters_are_those_at_the_time_of_the_step(gates: Gates) -> None:
+    with OffloadEngine(Stack(), SPEC, config()) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        gate = gates.close("layers.0")
+        engine.step()
+        engine.optimizer.param_groups[0]["lr"] = 100.0
+        gate.set()
+        assert_close(engine.state_dict(), plain(1))
+
+
+def test_a_gradient_does_not_land_on_one_that_an_update_still_needs(gates: Gates) -> None:
+    """A private copy of a parameter lets its gradient arrive before the unit has been called, and so updated."""
+    with OffloadEngine(Stack(), SPEC, config()) as engine:
+        private = engine.module.layers[2].weight.square().sum()
+        engine.backward(engine(data(0)).square().mean())
+        gate = gates.close("layers.2")
+        engine.step()
+        home = next(homes["grad"] for homes in engine._parts.homes if homes["grad"].unit == "layers.2")
+        assert home.buffer is not None
+        before = home.buffer.clone()
+        assert gates.waiting.wait(PATIENCE_S)
+        private.backward()
+        time.sleep(0.1)
+        assert torch.equal(home.buffer, before)
+        gate.set()
+        engine._gradients.wait()
+        assert not torch.equal(home.buffer, before)
+        engine.optimizer.zero_grad()
+        assert_close(engine.state_dict(), plain(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bits_do_not_depend_on_when_updates_run(
+    kit: SimpleNamespace, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random delays in every update, everything on NVMe, the smallest budget: bits of a run all in memory."""
+    chance, work = random.Random(seed), UnitUpdate._work
+    batches = kit.batches(8)
+    spec = AdamW(lr=1e-2, weight_decay=0.1)
+    clip = {"clip_grad_norm": 0.5, "micro_batches": 2, "dtype": torch.bfloat16}
+    expected = kit.engine_run(kit.TinyGPT(), spec, config(homes={}, update="step", **clip), batches)
+
+    def late(update: UnitUpdate, *args: Any) -> None:
+        time.sleep(chance.uniform(0, 0.003))
+        work(update, *args)
+
+    monkeypatch.setattr(UnitUpdate, "_work", late)
+    settings: dict[str, Any] = {"device": "fake", "device_memory": "1MiB"} if seed % 2 else {}
+    found = kit.engine_run(kit.TinyGPT(), spec, config(tmp_path, host_memory="1MiB", **clip, **settings), batches)
+    kit.assert_same_run(found, expected)
+
+
+def test_a_failed_update_is_raised_once_as_it_is_and_then_explained(tmp_path: Path) -> None:
+    with OffloadEngine(Stack(), SGD(lr=0.1), config()) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        broken = OSError(5, "the drive is gone")
+
+        def fail(*args: Any) -> None:
+            raise broken
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(UnitUpdate, "_work", fail)
+            engine.step()
+            with pytest.raises(OSError, match="the drive is gone"):
+                engine(data(1))
+        for use in (lambda: engine(data(1)), engine.step, engine.flush, engine.state_dict):
+            with pytest.raises(RuntimeError, match="an update failed midway"):
+                use()
