@@ -19,7 +19,7 @@ from .sizes import parse_size
 HOME_KINDS = ("param", "states", "grad")
 HOME_TIERS = ("host", "nvme")
 IO_THREADS_PER_DIRECTORY = 4  # with 8 MiB requests they reach the best native queue of a virtual drive
-UPDATE_MODES = ("next_forward", "step")
+UPDATE_MODES = ("auto", "next_forward", "backward", "speculative", "step")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,15 @@ class OffloadConfig:
         clip_grad_norm: maximum global gradient norm, or None.
         homes: forces the home tier of a kind, e.g. {"states": "nvme"}; kinds are "param", "states" (master's low
             half and moments) and "grad". What is not named is placed by the plan.
-        update: when a unit is updated. "next_forward" (the default): before its next use, while earlier units compute
-            already; exact with clipping. "step": `step()` waits until all units are updated.
+        update: when a unit is updated; all modes give the same bits.
+            "next_forward": before its next use, while earlier units compute already.
+            "backward": as soon as its gradient is complete, in backward; what is left goes on in the next forward. Only
+            without clipping, and a step that is not finite is not skipped.
+            "speculative": as "backward", also with clipping: where the norm or a value that is not finite turns out to
+            matter, what was begun is taken back and made anew. Needs nvme and durability="step".
+            "step": `step()` waits until all units are updated.
+            "auto": "speculative" where that is possible and at most 1 of the last 20 steps (at least 4) was clipped or
+            skipped, else "next_forward".
         durability: what survives a crash, where there is an NVMe tier: "step" (every finished step), N (every N-th),
             or "none" (half the space on the drives, and nothing survives). What rests in host memory is part of it.
         verify: whether every read from the store is compared with its checksum.
@@ -61,7 +68,7 @@ class OffloadConfig:
     micro_batches: int = 1
     clip_grad_norm: float | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
-    update: Literal["next_forward", "step"] = "next_forward"
+    update: Literal["auto", "next_forward", "backward", "speculative", "step"] = "auto"
     durability: Literal["step", "none"] | int = "step"
     verify: bool = True
     resume: bool = False
@@ -78,6 +85,16 @@ class OffloadConfig:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}; give a positive number, or None for no clipping")
         if self.update not in UPDATE_MODES:
             raise ValueError(f"update={self.update!r}; give one of {', '.join(map(repr, UPDATE_MODES))}")
+        if self.update == "backward" and self.clip_grad_norm is not None:
+            raise ValueError(
+                f'update="backward" begins before the norm is known, so clip_grad_norm={self.clip_grad_norm} cannot be '
+                'kept; give update="speculative" or "next_forward"'
+            )
+        if self.update == "speculative" and self.commit_interval != 1:
+            raise ValueError(
+                'update="speculative" takes back what it guessed wrong from the committed step, so it needs nvme=... and '
+                'durability="step"; give both, or update="next_forward"'
+            )
         if isinstance(self.keep_fp32, str):
             raise ValueError(
                 f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]"

@@ -120,6 +120,16 @@ class CommitLog:
         """The commit that was launched last, which the next step's updates have to wait for."""
         return self._committing
 
+    @property
+    def can_revert(self) -> bool:
+        """Whether the committed step, once `under_way` is done, is the one that all values are of now."""
+        return self._every == 1 and not self._changed and self._staged is None and not self._given_up
+
+    async def revert(self, unit: int) -> None:
+        """Bring back the committed values and states of `unit`, which nobody uses or writes meanwhile."""
+        self._store.revert([self._homes[unit][kind].key for kind in COMMITTED_KINDS if self._homes[unit][kind].nbytes])
+        await self._read_resting(unit)
+
     def settle(self) -> None:
         """Block until nothing is under way, whatever came of it: a commit that is cut off would break the store."""
         under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]

@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .bindings import Bindings
 from .calls import UnitForward
 from .config import OffloadConfig
 from .durable import CommitLog, RunState
+from .early import EarlyUpdates
 from .engine_optimizer import EngineOptimizer
 from .gradients import Gradients
 from .guards import Guards
@@ -135,7 +137,7 @@ class OffloadEngine:
         self._access = ParameterAccess(
             parts.layouts, parts.homes, stream, self._loop, parts.device.torch_device, self._residency.settled
         )
-        self._bindings = Bindings(parts.parameters, parts.device.torch_device, self._access.read_compute)
+        self._bindings = Bindings(parts.parameters, parts.device.torch_device, self._read_private)
         self._runtime = CallRuntime(
             parts.device,
             self._residency,
@@ -159,6 +161,7 @@ class OffloadEngine:
         self.optimizer = EngineOptimizer(self, optimizer, parts.groups)
         self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
         self._log = self._open_log()
+        self._early = self._open_early()
         self._guards: Guards | None = None
         self._mid_step = False
         self._grad_scale = 1.0
@@ -182,6 +185,24 @@ class OffloadEngine:
         if store is None or every is None:
             return None
         return CommitLog(store, self._parts.layouts, self._parts.homes, self._loop, every)
+
+    def _open_early(self) -> EarlyUpdates | None:
+        """What begins updates in backward, where the configuration lets it."""
+        mode = self.config.update
+        if mode in ("next_forward", "step") or (mode == "auto" and self.config.commit_interval != 1):
+            return None
+        early = EarlyUpdates(
+            self._stepper,
+            self._residency,
+            [layout.unit for layout in self._parts.layouts],
+            lambda: self.optimizer.param_groups,
+            self._loop,
+            self._log,
+            revocable=mode != "backward",
+            only_if_usual=mode == "auto",
+        )
+        self._gradients.on_landing, self._gradients.on_complete = early.landing, early.complete
+        return early
 
     def _take_over(self) -> None:
         """Move all values to their homes, then put placeholders, hooks and guards in place."""
@@ -229,6 +250,7 @@ class OffloadEngine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What `module(*args, **kwargs)` returns, computed with parameters streamed in and out."""
         self._enter()
+        self._take_back_early()
         with_graph = torch.is_grad_enabled()
         self._order.begin("train" if with_graph else "eval")
         self._residency.ask_prefetch()
@@ -294,10 +316,14 @@ class OffloadEngine:
         loss = None if self._loss is None else float(self._loss)
         tokens = self._tokens
         wait_from_s = time.perf_counter()
-        decision = self._stepper.decide(self._grad_scale, self.config.clip_grad_norm, loss)
-        self._residency.settle()  # what no forward has used since the last step
+        decision = self._stepper.decide(
+            self._grad_scale, self.config.clip_grad_norm, loss, may_skip=self.config.update != "backward"
+        )
+        begun = self._early.decided(decision.grad_scale, decision.skipped) if self._early is not None else {}
+        units = [layout.unit for layout in self._parts.layouts]
+        self._residency.settle([u for u in units if u.index not in begun])  # what no forward has used since last step
         if not decision.skipped:
-            self._launch_update(decision.grad_scale)
+            self._launch_update(decision.grad_scale, begun)
         # Before anything that may be interrupted: these gradients have been used and must not be used again.
         self.drop_gradients()
         self._step += 1
@@ -313,20 +339,21 @@ class OffloadEngine:
         self._residency.ask_prefetch()
         return info
 
-    def _launch_update(self, grad_scale: float) -> None:
-        """From here on every unit is used only after its update."""
-        prepared = self._stepper.prepare(self.optimizer.param_groups, grad_scale)
+    def _launch_update(self, grad_scale: float, begun: Mapping[int, Future[None]]) -> None:
+        """From here on every unit is used only after its update. `begun`: those that began in backward."""
+        prepared = self._stepper.prepare(self.optimizer.param_groups, grad_scale, begun)
         self._mid_step = True
         made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
         self._stepper.book(prepared)
         self._values_changed()
         if self._log is not None:
-            self._log.changed(made)
+            self._log.changed({**begun, **made})
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated since the last step (`optimizer.zero_grad()`); also mends a failed backward."""
         if self._closed:
             return
+        self._take_back_early()
         self._gradients.drop()
         for info in self._parts.parameters:
             info.parameter.grad = None
@@ -365,6 +392,7 @@ class OffloadEngine:
         self._flush()
 
     def _flush(self) -> None:
+        self._take_back_early()
         self._residency.settle()
         if self._log is None:
             return
@@ -389,11 +417,13 @@ class OffloadEngine:
         Raises: KeyError if a pattern matches nothing. An exception inside leaves everything as it was.
         """
         self._check_open()
+        self._take_back_early()
         return self._values.gather(patterns, write)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's state dict in full precision (fp32 masters) in host memory, read unit by unit."""
         self._check_open()
+        self._take_back_early()
         self._values_changed()
         try:
             return self._values.state_dict()
@@ -412,6 +442,7 @@ class OffloadEngine:
     def read_states(self) -> dict[nn.Parameter, HostParameter]:
         """States of all trainable parameters in host memory."""
         self._check_open()
+        self._take_back_early()
         return self._values.states()
 
     @property
@@ -434,7 +465,8 @@ class OffloadEngine:
         self._runtime.look_for_failed_backward()
         try:
             # An update without its number is no step, and one that broke off is none either.
-            if not self._runtime.computing and not self._mid_step and self._updates.failure is None:
+            whole = not self._runtime.computing and not self._mid_step and self._updates.failure is None
+            if whole and (self._early is None or self._early.can_take_back):
                 self._flush()
         finally:
             self._closed = True
@@ -478,8 +510,17 @@ class OffloadEngine:
         if self._log is not None:
             self._log.launch(self._state.capture_tracked)
 
+    def _take_back_early(self) -> None:
+        """Before anybody looks at values of a step that is not decided: they are those of before."""
+        last_backward_is_done = self._gradients.num_backwards >= self.config.micro_batches
+        if self._early is not None and (self._early.has_begun or last_backward_is_done):
+            with contextlib.suppress(Exception):  # a gradient that failed to land is raised by step()
+                self._gradients.wait()
+            self._early.take_back()
+
     def _before_write(self, unit: int) -> None:
         self._bindings.drop_private()
+        self._take_back_early()
         self._residency.settle()
         if self._log is not None:
             self._log.launch(self._state.capture_tracked)
@@ -496,11 +537,16 @@ class OffloadEngine:
         assert self._guards is not None
         self._guards.values_changed()
 
+    def _read_private(self, parameter: nn.Parameter) -> Tensor:
+        self._take_back_early()
+        return self._access.read_compute(parameter)
+
     def _show(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._bindings.show(parameter, outside_of_forward=not self._runtime.computing)
 
     def _value_for_state_dict(self, parameter: nn.Parameter) -> Tensor:
         self._check_open()
+        self._take_back_early()
         return self._values.for_state_dict(parameter)
 
     def _count_tokens(self, args: tuple[Any, ...]) -> None:

@@ -48,6 +48,9 @@ class Gradients:
         room: leases host memory for a unit's gradient when gradients rest in the store, or cross a link.
         micro_batches: the backward whose absorption also takes the norms.
         settled: returns when no update of the given units is pending or being stored.
+
+    Attributes: on_landing and on_complete, called on the loop with a unit's index when a gradient for it is on its way,
+    and when the unit's gradient of the whole step has come home.
     """
 
     def __init__(
@@ -82,6 +85,8 @@ class Gradients:
         self._squares: dict[nn.Parameter, float] = {}
         self._failure: BaseException | None = None
         self.num_backwards = 0
+        self.on_landing: Callable[[int], None] = lambda unit: None
+        self.on_complete: Callable[[int], None] = lambda unit: None
 
     # -- the training (or autograd) thread's side
 
@@ -134,7 +139,7 @@ class Gradients:
                 self._deferred[parameter] = gradient.float()
             else:
                 ready[parameter] = gradient
-        self._send(unit, ready)
+        self._send(unit, ready, complete=not more_to_come)
 
     def flush_turn(self, unit: int, micro_batch: int | None) -> None:
         """`flush`, where micro-batches take turns: what was taken for `unit` in a call (or, with None, outside of one).
@@ -146,7 +151,7 @@ class Gradients:
             if micro_batch is not None:
                 self._turns.flush(unit, micro_batch)
             gradients = self._turns.complete(unit)
-        self._send(unit, gradients)
+        self._send(unit, gradients, complete=True)
 
     def unit_of(self, parameter: nn.Parameter) -> int:
         """Index of the unit to which `parameter` belongs."""
@@ -176,7 +181,8 @@ class Gradients:
             self._send(unit, gradients)
         self.num_backwards += 1
 
-    def _send(self, unit: int, gradients: dict[nn.Parameter, Tensor]) -> None:
+    def _send(self, unit: int, gradients: dict[nn.Parameter, Tensor], complete: bool = False) -> None:
+        """`complete`: this backward has nothing more for the unit."""
         if not gradients:
             return
         contributions = []
@@ -191,7 +197,7 @@ class Gradients:
         self._wait_for_slot(self._layouts[unit].unit.name)
         try:
             future = self._loop.submit(
-                self._absorb(unit, contributions, has_earlier, is_last, *self._pack(contributions))
+                self._land(unit, contributions, has_earlier, is_last, complete, *self._pack(contributions))
             )
         except BaseException:
             self._slots.release()
@@ -216,6 +222,21 @@ class Gradients:
         return packed, self._device.record()
 
     # -- the loop's side
+
+    async def _land(
+        self,
+        unit: int,
+        contributions: list[Contribution],
+        has_earlier: bool,
+        is_last: bool,
+        complete: bool,
+        packed: Tensor | None,
+        made: Event | None,
+    ) -> None:
+        self.on_landing(unit)
+        await self._absorb(unit, contributions, has_earlier, is_last, packed, made)
+        if is_last and complete:
+            self.on_complete(unit)
 
     async def _absorb(
         self,
@@ -335,6 +356,9 @@ class Gradients:
     def present(self) -> set[nn.Parameter]:
         """Parameters that have a gradient in this step."""
         return set(self._arrived_in)
+
+    def is_present(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._arrived_in
 
     def forget_norms(self) -> None:
         """Gradients were edited: take all norms anew at the step."""

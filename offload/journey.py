@@ -100,11 +100,17 @@ class Journeys:
                 self._release_stored(unit.index, lease)
         return slot if slot is not None else host
 
-    async def update_in_passing(self, unit: Unit, pending: Pending) -> None:
+    async def update_in_passing(self, unit: Unit, needed: int, pending: Pending) -> None:
         """Make and store the update of a unit that nobody is about to use: all of it streams through the ring."""
         with self._noted(pending):
-            await pending.begin()
-            await self._store_behind(unit, pending, pending.update.run(self._stream, self._homes[unit.index]))
+            await self._may_begin(unit, pending)
+            work = pending.update.run(self._stream, self._homes[unit.index], needed=needed)
+            await self._store_behind(unit, pending, work)
+
+    async def _may_begin(self, unit: Unit, pending: Pending) -> None:
+        """Invariant: nothing changes what the update before is still storing, or what is not yet durable."""
+        await self.stored(unit.index)
+        await pending.begin()
 
     def is_storing(self, unit: int) -> bool:
         """Whether an update of the unit is still being stored."""
@@ -131,7 +137,7 @@ class Journeys:
                 computed.set_result(None)
 
         with self._noted(pending):
-            await pending.begin()
+            await self._may_begin(unit, pending)
             storing = self._store_behind(
                 unit,
                 pending,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
@@ -17,7 +17,7 @@ from .order import UseOrder
 from .scheduler.devices import Device, Event
 from .scheduler.loop import LoopThread
 from .scheduler.pool import BudgetExceeded, Lease, Pool
-from .scheduler.storage import NEEDED_NOW, NEEDED_SOON
+from .scheduler.storage import NEEDED_LATER, NEEDED_NOW, NEEDED_SOON
 from .scheduler.trace import Trace, Wait
 from .units import Unit
 from .update import UnitUpdate
@@ -83,6 +83,7 @@ class Residency:
         self._stale: dict[int, Staged] = {}
         self._fetching: dict[int, asyncio.Task[None]] = {}
         self._updating_nbytes: dict[int, int] = {}
+        self._early: deque[int] = deque()
         self._changed: list[asyncio.Future[None]] = []
         self._withdrawn: set[int] = set()
         self._demanded: Counter[int] = Counter()  # staged for somebody who has not come to hold them yet
@@ -139,6 +140,41 @@ class Residency:
                     self._stale[index] = staged
         self.ask_prefetch()
         return made
+
+    def begin_early(self, unit: int, update: UnitUpdate, after: Future[bool] | None) -> Future[None] | None:
+        """Make a unit's update as soon as there is room for it, in backward, behind what backward needs itself.
+
+        Called on the loop. Returns: as `expect`; None if the unit is in use or has an update, and nothing was begun.
+        """
+        with self._lock:
+            staged = self._staged.get(unit)
+            if (staged is not None and staged.holds) or self._demanded[unit] or unit in self._updates:
+                return None
+            made = self._updates.add({unit: update}, after)[unit]
+            if staged is not None:
+                self._stale[unit] = self._staged.pop(unit)
+        self._early.append(unit)
+        self._run_early()
+        return made
+
+    def call_off(self, units: Sequence[Unit]) -> list[Unit]:
+        """Drop the updates of `units` that have not begun. Called on the loop. Returns the units whose update has."""
+        begun = []
+        for unit in units:
+            pending = self._updates.take(unit.index)
+            if pending is None:
+                begun.append(unit)
+                continue
+            pending.made.cancel()
+            with self._lock:
+                staged = self._stale.pop(unit.index, None)
+                if staged is not None:
+                    self._staged[unit.index] = staged
+        return begun
+
+    def end_early(self) -> None:
+        """Backward is over: what has not begun is made in the order of the next uses. Never blocks."""
+        self._loop.call_soon(self._early.clear)
 
     def settle(self, units: Sequence[Unit] | None = None) -> None:
         """Make and store the pending updates of `units` (all by default); blocks. Raises what a lane raised."""
@@ -231,7 +267,7 @@ class Residency:
                 if task is None:
                     old = self._take_stale(unit.index)
                     in_passing = old is None and not self._journeys.rests_in_place(unit.index)
-                    task = self._start_fetch(unit, old.lease if old else None, NEEDED_SOON, old, in_passing)
+                    task = self._start_fetch(unit, old.lease if old else None, NEEDED_NOW, old, in_passing)
                 await asyncio.wait([task])
                 if self._updates.failure is not None:
                     raise self._updates.failure
@@ -283,7 +319,7 @@ class Residency:
         if pending is not None:
             self._updating_nbytes[unit.index] = self._journeys.update_nbytes(unit.index)
         if in_passing:
-            work = self._update_in_passing(unit, pending)
+            work = self._update_in_passing(unit, needed, pending)
         else:
             work = self._fetch(unit, lease, needed, pending, old)
         task = asyncio.get_running_loop().create_task(work)
@@ -291,12 +327,13 @@ class Residency:
         task.add_done_callback(_look_at)
         return task
 
-    async def _update_in_passing(self, unit: Unit, pending: Pending | None) -> None:
+    async def _update_in_passing(self, unit: Unit, needed: int, pending: Pending | None) -> None:
         try:
             if pending is not None:
-                await self._journeys.update_in_passing(unit, pending)
+                await self._journeys.update_in_passing(unit, needed, pending)
         finally:
             self._ended(unit)
+        self._go_on()
 
     async def _fetch(
         self, unit: Unit, lease: Lease | None, needed: int, pending: Pending | None, old: Staged | None
@@ -319,7 +356,7 @@ class Residency:
             raise
         finally:
             self._ended(unit)
-        self._prefetch()  # not behind a failure: it would try again, and again
+        self._go_on()  # not behind a failure: it would try again, and again
 
     def _ended(self, unit: Unit) -> None:
         del self._fetching[unit.index]
@@ -328,7 +365,11 @@ class Residency:
 
     def _stored(self) -> None:
         self._notify()
+        self._go_on()
+
+    def _go_on(self) -> None:
         self._prefetch()
+        self._run_early()
 
     def _prefetch(self) -> None:
         self._prefetch_asked = False
@@ -350,6 +391,26 @@ class Residency:
                 if lease is None:
                     return
             self._start_fetch(unit, lease, NEEDED_SOON, old)
+
+    def _run_early(self) -> None:
+        """Begin early updates in the order in which backward made their gradients, as far as there is room."""
+        while self._early and self._early[0] not in self._fetching and self._may_update(self._early[0]):
+            index = self._early.popleft()
+            if index not in self._updates or index in self._withdrawn:
+                continue
+            old = self._take_stale(index)
+            if old is not None and old.lease is not None and not self._may_stay(old):
+                self._let_go(old)
+                old = None
+            in_passing = old is None and not self._journeys.rests_in_place(index)
+            self._start_fetch(
+                self._layouts[index].unit, old.lease if old is not None else None, NEEDED_LATER, old, in_passing
+            )
+
+    def _may_stay(self, old: Staged) -> bool:
+        """Whether a unit may keep its room for the length of an early update, while backward needs room for others."""
+        assert old.lease is not None
+        return self._device.one_memory and self._pool.capacity_nbytes >= 3 * old.lease.nbytes
 
     def _may_update(self, unit: int) -> bool:
         """Whether one more update fits beside those under way; what is needed first must not share with too many."""

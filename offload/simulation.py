@@ -324,6 +324,11 @@ class Simulation:
         self._residency.ask_prefetch()
         return report
 
+    @property
+    def time_s(self) -> float:
+        """Virtual seconds since the start."""
+        return self._thread.time()
+
     def bound(self) -> Bound:
         """The lower bound of a step under this plan, on this rig."""
         config, sites = self.config, self.partition.call_sites

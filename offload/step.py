@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -65,20 +65,46 @@ class Stepper:
         self._gradients.wait()
         return math.sqrt(self._gradients.total_square(self._by_name))
 
-    def decide(self, grad_scale: float, clip_grad_norm: float | None, loss: float | None) -> Decision:
+    def decide(
+        self, grad_scale: float, clip_grad_norm: float | None, loss: float | None, may_skip: bool = True
+    ) -> Decision:
         """Look at all gradients. Nothing is changed yet."""
         norm = self.norm()
-        finite = math.isfinite(norm) and (loss is None or math.isfinite(loss))
+        finite = not may_skip or (math.isfinite(norm) and (loss is None or math.isfinite(loss)))
         if finite and clip_grad_norm is not None:
             grad_scale *= clip_factor(norm * grad_scale, clip_grad_norm)
         return Decision(norm, grad_scale, not finite)
 
-    def prepare(self, groups: Sequence[dict[str, object]], grad_scale: float) -> Prepared:
+    def prepare(
+        self, groups: Sequence[dict[str, object]], grad_scale: float, without: Collection[int] = ()
+    ) -> Prepared:
         """Fix everything the update depends on, as it is now. Nothing is changed yet.
+
+        Args:
+            without: units (by index) whose update of this step has begun already.
 
         Raises: ValueError for a hyperparameter out of range.
         """
-        present = self._gradients.present()
+        scalars = self._scalars(groups, self._gradients.present())
+        updates = {}
+        for layout in self._layouts:
+            update = self._update(layout, scalars, grad_scale)
+            if update is not None and layout.unit.index not in without:
+                updates[layout.unit.index] = update
+        return Prepared(updates, list(scalars))
+
+    def prepare_unit(self, unit: int, groups: Sequence[dict[str, object]]) -> UnitUpdate | None:
+        """One unit's update as it is when no factor falls on the gradients; None if it has no gradient.
+
+        Raises: ValueError for a hyperparameter out of range.
+        """
+        layout = self._layouts[unit]
+        present = {p for p in layout.by_parameter if self._gradients.is_present(p)}
+        return self._update(layout, self._scalars(groups, present), 1.0)
+
+    def _scalars(
+        self, groups: Sequence[dict[str, object]], present: Collection[nn.Parameter]
+    ) -> dict[nn.Parameter, Scalars]:
         scalars: dict[nn.Parameter, Scalars] = {}
         for group in groups:
             self._spec.check(group)
@@ -89,12 +115,13 @@ class Stepper:
                     if count not in made:
                         made[count] = self._spec.scalars(group, count)
                     scalars[parameter] = made[count]
-        updates = {}
-        for layout in self._layouts:
-            mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
-            if mine:
-                updates[layout.unit.index] = UnitUpdate(self._spec, layout, mine, grad_scale)
-        return Prepared(updates, list(scalars))
+        return scalars
+
+    def _update(
+        self, layout: UnitLayout, scalars: Mapping[nn.Parameter, Scalars], grad_scale: float
+    ) -> UnitUpdate | None:
+        mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
+        return UnitUpdate(self._spec, layout, mine, grad_scale) if mine else None
 
     def book(self, prepared: Prepared) -> None:
         """The parameters of a prepared update age by one step."""

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from offload import SGD, AdamW, OffloadConfig, OffloadEngine
+from offload.durable import CommitLog
+from offload.early import EarlyUpdates
 from offload.residency import Residency
+from offload.scheduler.devices import FakeDevice
 from offload.update import UnitUpdate
 
 ALL_NVME = {"param": "nvme", "states": "nvme", "grad": "nvme"}
@@ -224,24 +227,38 @@ def test_a_gradient_does_not_land_on_one_that_an_update_still_needs(gates: Gates
         assert_close(engine.state_dict(), plain(1))
 
 
-@pytest.mark.parametrize("seed", range(4))
+MODES = [
+    ("next_forward", {"clip_grad_norm": 0.5, "micro_batches": 2}),
+    ("backward", {"micro_batches": 2}),
+    ("speculative", {"clip_grad_norm": 0.5, "micro_batches": 2}),
+    ("speculative", {"clip_grad_norm": 1e3}),
+    ("auto", {"clip_grad_norm": 1.9}),
+]
+
+
+@pytest.mark.parametrize("mode", range(len(MODES)))
+@pytest.mark.parametrize("device", ["cpu", "fake"])
+@pytest.mark.parametrize("rest", ["nvme", "host"])
 def test_bits_do_not_depend_on_when_updates_run(
-    kit: SimpleNamespace, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kit: SimpleNamespace, mode: int, device: str, rest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Random delays in every update, everything on NVMe, the smallest budget: bits of a run all in memory."""
-    chance, work = random.Random(seed), UnitUpdate._work
-    batches = kit.batches(8)
+    """Random delays in every update, in every mode, and a small budget: bits of a run that updates inside step()."""
+    chance, work = random.Random(mode), UnitUpdate._work
+    batches = kit.batches(12)
     spec = AdamW(lr=1e-2, weight_decay=0.1)
-    clip = {"clip_grad_norm": 0.5, "micro_batches": 2, "dtype": torch.bfloat16}
-    expected = kit.engine_run(kit.TinyGPT(), spec, config(homes={}, update="step", **clip), batches)
+    update, settings = MODES[mode]
+    settings = {"dtype": torch.bfloat16, **settings}
+    expected = kit.engine_run(kit.TinyGPT(), spec, config(update="step", **settings), batches)
 
     def late(update: UnitUpdate, *args: Any) -> None:
-        time.sleep(chance.uniform(0, 0.003))
+        time.sleep(chance.uniform(0, 0.002))
         work(update, *args)
 
     monkeypatch.setattr(UnitUpdate, "_work", late)
-    settings: dict[str, Any] = {"device": "fake", "device_memory": "1MiB"} if seed % 2 else {}
-    found = kit.engine_run(kit.TinyGPT(), spec, config(tmp_path, host_memory="1MiB", **clip, **settings), batches)
+    if device == "fake":
+        settings |= {"device": FakeDevice(max_delay_s=2e-4), "device_memory": "1MiB"}
+    settings |= {"homes": ALL_NVME, "host_memory": "1MiB"} if rest == "nvme" else {"homes": {"states": "host"}}
+    found = kit.engine_run(kit.TinyGPT(), spec, config(tmp_path, update=update, **settings), batches)
     kit.assert_same_run(found, expected)
 
 
@@ -261,3 +278,164 @@ def test_a_failed_update_is_raised_once_as_it_is_and_then_explained(tmp_path: Pa
         for use in (lambda: engine(data(1)), engine.step, engine.flush, engine.state_dict):
             with pytest.raises(RuntimeError, match="an update failed midway"):
                 use()
+
+
+class Speculation:
+    """Counts what is begun in backward and what is taken back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = self.reverted = 0
+        begin, revert = Residency.begin_early, CommitLog.revert
+
+        def counted_begin(*args: Any) -> Any:
+            made = begin(*args)
+            self.begun += made is not None
+            return made
+
+        async def counted_revert(*args: Any) -> None:
+            self.reverted += 1
+            await revert(*args)
+
+        monkeypatch.setattr(Residency, "begin_early", counted_begin)
+        monkeypatch.setattr(CommitLog, "revert", counted_revert)
+
+
+@pytest.fixture
+def speculation(monkeypatch: pytest.MonkeyPatch) -> Speculation:
+    return Speculation(monkeypatch)
+
+
+def all_landed(engine: OffloadEngine) -> None:
+    """Until the gradients are home and all updates that began with them have been made."""
+    engine._gradients.wait()
+    for made in list(engine._early._made.values()):
+        made.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("homes", [ALL_NVME, {"states": "host"}], ids=["nvme", "host"])
+def test_a_wrong_guess_is_taken_back(homes: dict[str, str], tmp_path: Path, speculation: Speculation) -> None:
+    """Clipped in every second step, and once not finite."""
+    limits = [1e9, 1e-3]
+    reference = Stack()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2)
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative", homes=homes)) as engine:
+        for step in range(6):
+            x = data(step) * (float("inf") if step == 4 else 1.0)
+            engine.backward(engine(x).square().mean())
+            all_landed(engine)
+            engine.clip_grad_norm_(limits[step % 2])
+            info = engine.step()
+            assert info.skipped == (step == 4)
+            if step != 4:
+                reference(x).square().mean().backward()
+                torch.nn.utils.clip_grad_norm_(reference.parameters(), limits[step % 2])
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_close(engine.state_dict(), reference)
+        assert speculation.begun == 18
+        assert speculation.reverted == 12, "three steps were clipped and one was not finite, with three units each"
+
+
+def test_without_going_back_the_clipped_step_would_be_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guard taken out: what was begun is kept whatever the norm."""
+    monkeypatch.setattr(EarlyUpdates, "take_back", lambda self: None)
+    reference = Stack()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    with OffloadEngine(Stack(), SGD(lr=0.1), config(tmp_path, update="speculative", clip_grad_norm=1e-3)) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        all_landed(engine)
+        engine.step()
+        reference(data(0)).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1e-3)
+        optimizer.step()
+        with pytest.raises(AssertionError):
+            assert_close(engine.state_dict(), reference)
+
+
+WAYS_TO_LOOK: dict[str, Callable[[OffloadEngine], Any]] = {
+    "forward": lambda engine: engine(data(9)).detach(),
+    "parameter": lambda engine: engine.module.layers[1].weight.detach().clone(),
+    "state_dict": lambda engine: engine.state_dict(),
+    "module.state_dict": lambda engine: engine.module.state_dict(),
+    "zero_grad": lambda engine: engine.optimizer.zero_grad(),
+    "flush": lambda engine: engine.flush(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_LOOK)
+def test_between_backward_and_step_values_are_those_of_before(way: str, tmp_path: Path) -> None:
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative")) as engine:
+        one_step(engine, 0)
+        engine.backward(engine(data(1)).square().mean())
+        all_landed(engine)
+        assert engine._early.has_begun
+        with torch.no_grad():
+            found = WAYS_TO_LOOK[way](engine)
+        if way == "forward":
+            torch.testing.assert_close(found, plain(1)(data(9)).detach(), rtol=1e-5, atol=1e-7)
+        elif way == "parameter":
+            torch.testing.assert_close(found, plain(1).layers[1].weight.detach(), rtol=1e-5, atol=1e-7)
+        elif way != "zero_grad" and found is not None:
+            assert_close(found, plain(1))
+        if way == "zero_grad":
+            engine.backward(engine(data(1)).square().mean())
+        engine.step()
+        assert_close(engine.state_dict(), plain(2))
+
+
+def test_closing_between_backward_and_step_commits_the_step_before(tmp_path: Path) -> None:
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative")) as engine:
+        one_step(engine, 0)
+        engine.backward(engine(data(1)).square().mean())
+        all_landed(engine)
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative", resume=True)) as engine:
+        assert engine.steps_done == 1
+        assert_close(engine.state_dict(), plain(1))
+        one_step(engine, 1)
+        assert_close(engine.state_dict(), plain(2))
+
+
+def test_values_edited_before_the_step_are_not_lost_by_going_back(tmp_path: Path, speculation: Speculation) -> None:
+    """An edit that is not committed yet leaves nothing to go back to, so that step does not speculate."""
+    reference = plain(1)
+    with torch.no_grad():
+        reference.layers[0].weight.fill_(0.5)
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative", clip_grad_norm=1e-3)) as engine:
+        engine.optimizer.param_groups[0]["lr"] = 0.0
+        one_step(engine, 0)
+        begun = speculation.begun
+        engine.load_state_dict(reference.state_dict())
+        engine.backward(engine(data(1)).square().mean())
+        all_landed(engine)
+        assert speculation.begun == begun
+        engine.step()
+        assert_close(engine.state_dict(), reference)
+
+
+def test_updating_in_backward_says_what_it_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="speculative"):
+        config(update="backward", clip_grad_norm=1.0)
+    with pytest.raises(ValueError, match="durability"):
+        config(tmp_path, update="speculative", durability=3)
+    with OffloadEngine(Stack(), SPEC, config(update="backward")) as engine:
+        engine.backward(engine(data(0)).square().mean())
+        all_landed(engine)
+        engine.clip_grad_norm_(1e-4)
+        with pytest.raises(RuntimeError, match="cannot be taken back"):
+            engine.step()
+
+
+def test_auto_speculates_once_steps_are_seen_to_be_unclipped(tmp_path: Path, speculation: Speculation) -> None:
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, clip_grad_norm=1e9)) as engine:
+        begun = []
+        for step in range(6):
+            one_step(engine, step)
+            begun.append(speculation.begun)
+        assert begun == [0, 0, 0, 0, 3, 6]
+        for step in range(2):
+            engine.backward(engine(data(step)).square().mean())
+            engine.clip_grad_norm_(1e-6)
+            engine.step()
+        before = speculation.begun
+        one_step(engine, 7)
+        assert speculation.begun == before
