@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from . import layout as layouts_module
 from .config import OffloadConfig
 from .homes import Home
 from .layout import KINDS, UnitLayout
@@ -128,7 +127,7 @@ def _plan(
     while True:
         parts = partition(module, parameters, None if largest is None else largest - 1)
         layouts = [
-            UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, layouts_module.CHUNK_NUMEL)
+            UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, config.chunk_numel())
             for unit in parts.units
         ]
         planner = Planner(

@@ -2,10 +2,10 @@
 
 [Note: one autograd node per call] To autograd a call is one node. Its forward computes with gradients enabled on
 detached inputs and drops the graph; its backward brings the unit back, computes again and runs a backward of its own
-inside. So a unit is on the device exactly from the first to the last line of one Python function: no hook decides when
-to let go, nothing that autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in
-reentrant checkpointing, every tensor that needs a gradient must enter and leave as an argument, a result or a module
-attribute.
+inside. Where there is memory for what the graph saves, it is kept instead (`activations.py`). Either way a unit is on
+the device exactly from the first to the last line of one Python function: no hook decides when to let go, nothing that
+autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in reentrant checkpointing, every
+tensor that needs a gradient must enter and leave as an argument, a result or a module attribute.
 Source: activation recomputation, Chen et al., arXiv:1604.06174.
 """
 
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .activations import ActivationBudget, SavedTensors
 from .ambient import Autocast, RandomState, replayed
+from .residency import Staged
 from .scheduler.devices import Device
 from .tree import Rebuild, flatten, tensors_of, with_tensors
 from .turns import Turn
@@ -38,7 +40,9 @@ class CallHost(Protocol):
     def before_call(self, site: CallSite) -> None:
         """A call of `site` is about to be made. Where micro-batches take turns, others may have theirs first."""
 
-    def hold(self, site: CallSite, recompute: bool = False) -> contextlib.AbstractContextManager[None]:
+    activations: ActivationBudget
+
+    def hold(self, site: CallSite, recompute: bool = False) -> contextlib.AbstractContextManager[Sequence[Staged]]:
         """Inside, the site's units are on the device and their parameters show their values."""
 
     def forward_made(self, site: CallSite) -> Turn:
@@ -132,15 +136,28 @@ class Call:
         self.buffers: dict[str, Tensor] = {}
         self.stashed: list[tuple[nn.Module, str]] = []
         self.samples: list[Tensor] = []
+        self.kept: Kept | None = None
         self._result_leaves: list[Any] = []
         self._result_rebuild: Rebuild | None = None
         self.turn = forward.host.forward_made(forward.site)
         self.visited = False
 
     def __del__(self) -> None:
+        self.drop_graph()
         self.forward.host.boundary_held(-self.boundary_nbytes)
         if not self.visited:
             self.forward.host.forward_dropped(self.forward.site, self.turn)
+
+    def keep_graph(self, saved: SavedTensors, inputs: list[Tensor], results: list[Tensor]) -> None:
+        """Keep the graph from `inputs` to `results` for backward, if there is memory for what it saves."""
+        self.forward.host.temporaries_seen(self.forward.site, saved.nbytes)
+        if self.forward.host.activations.keep(self.forward.site, saved.nbytes):
+            self.kept = Kept(saved, inputs, results)
+
+    def drop_graph(self) -> None:
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            self.forward.host.activations.let_go(kept.saved.nbytes)
 
     def distinct(self, leaves: list[Any]) -> list[Tensor]:
         """Each tensor once, however often it is passed: modules ask whether two arguments are one object."""
@@ -218,6 +235,30 @@ class Call:
                 "for training, e.g. use_cache=False"
             )
 
+    def backward_kept(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Backward through the kept graph, which is gone afterwards. Returns the inputs with their gradients."""
+        assert self.kept is not None
+        saved, inputs, results = self.kept
+        with self.forward.host.hold(self.forward.site, recompute=True) as staged, saved.within(staged):
+            try:
+                _backward(results, gradients)
+            finally:
+                self.drop_graph()
+        return inputs
+
+    def backward_recomputed(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Compute again from `tensors`, then backward. Returns the inputs with their gradients."""
+        host = self.forward.host
+        with host.hold(self.forward.site, recompute=True), replayed(self.random, host.device), self.buffers_as_before():
+            inputs = [_as_input(tensor) for tensor in tensors]
+            with _measured(self.forward):
+                leaves, _, stashed = self.compute(inputs)
+            results = tensors_of(leaves) + stashed
+            del leaves, stashed
+            self.compare(results)
+            _backward(results, gradients)
+        return inputs
+
     @contextlib.contextmanager
     def buffers_as_before(self) -> Iterator[None]:
         """Inside, buffers that forward changed have the values it started from; afterwards, those they had."""
@@ -264,14 +305,22 @@ class UnitCall(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         versions = [tensor._version for tensor in tensors]
         call.buffers = forward.buffers_before()
-        with host.hold(site):
+        keep = host.activations.may_keep(site)
+        with host.hold(site) as staged:
             inputs = [_as_input(tensor) for tensor in tensors]
-            with _explained(site):
+            saved = SavedTensors(site, staged, inputs)
+            with _explained(site), saved.collected() if keep else contextlib.nullcontext():
                 leaves, rebuild, stashed = call.compute(inputs)
             results = tensors_of(leaves) + stashed
             needs = [result.requires_grad for result in results]
+            if keep and any(needs):
+                call.keep_graph(saved, inputs, results)
             held = _parameter_storages(site)
-            results = [_as_result(result, held, tensors) for result in results]
+            results = [
+                result.detach().clone() if call.kept is not None and saved.holds_storage(result)
+                else _as_result(result, held, tensors)
+                for result in results
+            ]  # fmt: skip
         if any(tensor._version != version for tensor, version in zip(tensors, versions, strict=True)):
             raise RuntimeError(
                 f"{site.name!r} changed one of its inputs in place, so its backward could not compute the same again; "
@@ -300,23 +349,27 @@ class UnitCall(torch.autograd.Function):
         host.backward_begins(site, call.turn)
         inputs: list[Tensor] = []
         if any(gradient is not None for gradient in gradients):
-            with host.hold(site, recompute=True), replayed(call.random, host.device), call.buffers_as_before():
-                inputs = [_as_input(tensor) for tensor in tensors]
-                with _measured(forward):
-                    leaves, _, stashed = call.compute(inputs)
-                pairs = [
-                    (result, gradient)
-                    for result, gradient in zip(tensors_of(leaves) + stashed, gradients, strict=True)
-                    if gradient is not None and result.requires_grad
-                ]
-                call.compare(tensors_of(leaves) + stashed)
-                del leaves, stashed
-                if pairs:
-                    torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
-                del pairs
+            if call.kept is not None:
+                inputs = call.backward_kept(gradients)
+            else:
+                inputs = call.backward_recomputed(tensors, gradients)
         first_visit, call.visited = not call.visited, True
         host.backward_ended(site, call.turn, first_visit)
         return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
+
+
+class Kept(NamedTuple):
+    """A graph that was kept: what it saves, and its leaves and ends."""
+
+    saved: SavedTensors
+    inputs: list[Tensor]
+    results: list[Tensor]
+
+
+def _backward(results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
+    if pairs:
+        torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _places(leaves: list[Any]) -> list[int | None]:

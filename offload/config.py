@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import layout
 from .scheduler.devices import AcceleratorDevice, Device, FakeDevice, OneMemoryDevice
 from .scheduler.lanes import Lanes
 from .scheduler.storage import Backend
@@ -34,6 +35,10 @@ class OffloadConfig:
             Only where the device has a memory of its own.
         host_memory: budget of everything that the engine keeps in DRAM: staged units, gradients, states, rings
             ("8GiB", bytes, or "auto": half of what the system says is available).
+        activation_memory: bytes of what autograd saves that may be kept for backward, beside the other budgets; where
+            they do not suffice, units compute again in backward. 0: always. "auto": where device and host are one
+            memory, as much as host_memory, but at most a quarter of what the system says is available; on a device,
+            a quarter of what device_memory leaves free.
         dtype: compute dtype of the parameters, torch.bfloat16 or torch.float32. Buffers keep theirs.
         keep_fp32: patterns (`fnmatch` on parameter names) of parameters that stay fp32.
         micro_batches: backwards per step.
@@ -63,6 +68,7 @@ class OffloadConfig:
     nvme: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
     device_memory: str | int = "auto"
     host_memory: str | int = "auto"
+    activation_memory: str | int = "auto"
     dtype: torch.dtype = torch.bfloat16
     keep_fp32: Sequence[str] = ()
     micro_batches: int = 1
@@ -92,8 +98,8 @@ class OffloadConfig:
             )
         if self.update == "speculative" and self.commit_interval != 1:
             raise ValueError(
-                'update="speculative" takes back what it guessed wrong from the committed step, so it needs nvme=... and '
-                'durability="step"; give both, or update="next_forward"'
+                'update="speculative" takes back what it guessed wrong from the committed step, so it needs nvme=... '
+                'and durability="step"; give both, or update="next_forward"'
             )
         if isinstance(self.keep_fp32, str):
             raise ValueError(
@@ -102,6 +108,8 @@ class OffloadConfig:
         for name in ("host_memory", "device_memory"):
             if getattr(self, name) != "auto":
                 parse_size(getattr(self, name), name)
+        if self.activation_memory not in ("auto", 0):
+            parse_size(self.activation_memory, "activation_memory")
         self._check_homes()
         self._check_store()
 
@@ -163,6 +171,10 @@ class OffloadConfig:
             )
         return device
 
+    def chunk_numel(self) -> int:
+        """Elements of one chunk, as which states stream."""
+        return layout.CHUNK_NUMEL
+
     def open_lanes(self) -> Lanes:
         """The lanes that the engine runs on, with an empty trace."""
         return Lanes(
@@ -202,6 +214,16 @@ class OffloadConfig:
         if self.host_memory == "auto":
             return available_host_nbytes() // 2
         return parse_size(self.host_memory, "host_memory")
+
+    def activation_budget_nbytes(self, device: Device) -> int:
+        """Bytes of activations that may be kept for backward."""
+        if self.activation_memory == 0:
+            return 0
+        if self.activation_memory != "auto":
+            return parse_size(self.activation_memory, "activation_memory")
+        if device.one_memory:
+            return min(self.host_budget_nbytes(), available_host_nbytes() // 4)
+        return max(0, (device.free_nbytes() or 0) - self.device_budget_nbytes(device)) // 4
 
     def device_budget_nbytes(self, device: Device) -> int:
         """Bytes for staged units on `device`; 0 where it shares the host's memory."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .access import HostParameter, ParameterAccess
+from .activations import ActivationBudget
 from .assembly import assemble
 from .bindings import Bindings
 from .calls import UnitForward
@@ -147,6 +148,7 @@ class OffloadEngine:
             self._check_open,
             num_threads,
             self.config.micro_batches,
+            ActivationBudget(self.config.activation_budget_nbytes(parts.device)),
         )
         self._values = Values(
             module,
@@ -448,7 +450,9 @@ class OffloadEngine:
     @property
     def memory(self) -> MemoryReport:
         """Bytes under the budgets, and what lies outside of them."""
-        return memory_report(self._parts, self._runtime.ledger, self._bindings.private_nbytes)
+        return memory_report(
+            self._parts, self._runtime.ledger, self._runtime.activations, self._bindings.private_nbytes
+        )
 
     def __str__(self) -> str:
         return unit_table(self._parts)

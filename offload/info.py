@@ -42,7 +42,9 @@ class MemoryReport:
 
     Args:
         boundaries_peak_nbytes: inputs of unit calls kept for backward, at their most.
-        temporaries_nbytes: what autograd saved inside the largest unit call (measured at its first recomputation).
+        activations_peak_nbytes: what autograd saved inside unit calls and was kept for backward, at its most
+            (`OffloadConfig(activation_memory=...)`).
+        temporaries_nbytes: what autograd saved inside the largest unit call.
         private_nbytes: copies of parameters read outside of the call of their unit.
     """
 
@@ -53,5 +55,6 @@ class MemoryReport:
     device_used_nbytes: int
     device_peak_nbytes: int
     boundaries_peak_nbytes: int
+    activations_peak_nbytes: int
     temporaries_nbytes: int
     private_nbytes: int

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from .activations import ActivationBudget
 from .assembly import Assembly
 from .info import MemoryReport
 from .sizes import format_size
 from .usage import CallLedger
 
 
-def memory_report(parts: Assembly, ledger: CallLedger, private_nbytes: int) -> MemoryReport:
+def memory_report(
+    parts: Assembly, ledger: CallLedger, activations: ActivationBudget, private_nbytes: int
+) -> MemoryReport:
     """Bytes under the budgets, and what lies outside of them."""
     host = [pool.statistics() for pool in (parts.rest, parts.ring, parts.stage)]
     device = parts.slots.statistics()
@@ -21,6 +24,7 @@ def memory_report(parts: Assembly, ledger: CallLedger, private_nbytes: int) -> M
         device_used_nbytes=0 if one_memory else device.leased_nbytes + device.warm_nbytes,
         device_peak_nbytes=0 if one_memory else device.peak_nbytes,
         boundaries_peak_nbytes=ledger.boundaries_peak_nbytes,
+        activations_peak_nbytes=activations.peak_nbytes,
         temporaries_nbytes=ledger.temporaries_nbytes,
         private_nbytes=private_nbytes,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import ActivationBudget
 from .bindings import Bindings
 from .gradients import Gradients
 from .guards import GradientInEngine
@@ -51,8 +52,10 @@ class CallRuntime:
         check_open: Callable[[], None],
         num_threads: int,
         micro_batches: int,
+        activations: ActivationBudget,
     ) -> None:
         self.device = device
+        self.activations = activations
         self.ledger = CallLedger()
         self._residency = residency
         self._bindings = bindings
@@ -197,7 +200,7 @@ class CallRuntime:
             self.pause(site)
 
     @contextlib.contextmanager
-    def hold(self, site: CallSite, recompute: bool = False) -> Iterator[None]:
+    def hold(self, site: CallSite, recompute: bool = False) -> Iterator[Sequence[Staged]]:
         self._check_open()
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
@@ -207,7 +210,7 @@ class CallRuntime:
             self._thread.recomputing = self.recomputing + recompute
             self._thread.depth = self._depth + 1
             try:
-                yield
+                yield staged
             finally:
                 self._thread.depth -= 1
                 self._thread.recomputing -= recompute

@@ -255,7 +255,8 @@ def test_stateful_module_is_named(settings: dict[str, Any]) -> None:
             self.calls += 1
             return self.linear(x) * self.calls
 
-    with OffloadEngine(nn.Sequential(Counting(), nn.Linear(4, 1)), SGD(), OffloadConfig(**FP32, **settings)) as engine:
+    config = OffloadConfig(**FP32, activation_memory=0, **settings)
+    with OffloadEngine(nn.Sequential(Counting(), nn.Linear(4, 1)), SGD(), config) as engine:
         loss = engine(torch.ones(1, 4)).sum()
         with pytest.raises(RuntimeError, match=r"'0' computed something else .* use_cache=False"):
             engine.backward(loss)

@@ -47,6 +47,7 @@ class Placements:
         if placement == "mixed":
             return self._with_host_budget(4.5, device="cpu", nvme=self.nvme(), **settings)
         if placement == "tight":
+            settings = {"activation_memory": 0, **settings}
             return self._with_host_budget(1.0, device="cpu", nvme=self.nvme(), **settings)
         if placement == "nvme":
             return OffloadConfig(device="cpu", nvme=self.nvme(), homes=self._kit.ALL_NVME, **settings)
@@ -54,7 +55,7 @@ class Placements:
         if placement == "fake":
             return self._with_device_budget(1.6, **fake)
         if placement == "fake tight":
-            return self._with_device_budget(1.0, **fake)
+            return self._with_device_budget(1.0, **{"activation_memory": 0, **fake})
         assert placement == "fake nvme"
         return self._with_device_budget(1.6, nvme=self.nvme(), homes=self._kit.ALL_NVME, **fake)
 
