@@ -14,7 +14,8 @@ PLACED_KINDS = ("param", "grad", "states")
 """In the order in which DRAM is given out. Bytes saved per step per byte held: a parameter saves two reads and a write,
 gradients and states one of each; gradients come before states because backward waits for them."""
 
-RING_DEPTH = 3
+RING_DEPTH, RING_DEPTH_MOST = 3, 8
+"""Chunks in flight: one being read, one worked on, one written; and as many as keep a deep drive busy both ways."""
 
 
 class BudgetTooSmall(ValueError):
@@ -149,8 +150,12 @@ class Planner:
         return rest, ring * ring_depth, stage + gradient
 
     def _comfort(self, homes: Sequence[Mapping[str, str]]) -> tuple[int, int, int]:
-        """What a placement needs to overlap: a window of one unit beside the one in use, a ring of a few chunks."""
-        return self._needs(homes, window=2, ring_depth=RING_DEPTH)
+        """What a placement needs to overlap: a window of one unit beside the one in use, a ring of a few chunks, or of
+        more where an eighth of the budget holds them."""
+        items = [self._ring_item(layout, home) for layout, home in zip(self._layouts, homes, strict=True)]
+        item = max(items, default=0)
+        depth = min(RING_DEPTH_MOST, self._host_nbytes // 8 // item) if item else 0
+        return self._needs(homes, window=2, ring_depth=max(RING_DEPTH, depth))
 
     def _stages_anything(self, homes: Sequence[Mapping[str, str]]) -> bool:
         return self._needs(homes)[2] > 0
