@@ -135,9 +135,7 @@ class CommitLog:
         under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]
         concurrent.futures.wait(under_way)
 
-    async def _copy_resting(
-        self, changed: Mapping[int, Future[None] | None], before: Future[None] | None
-    ) -> None:
+    async def _copy_resting(self, changed: Mapping[int, Future[None] | None], before: Future[None] | None) -> None:
         """Write to the store what these units keep in host memory, one unit after the other, as their changes end."""
         if before is not None:
             await asyncio.wrap_future(before)

@@ -122,7 +122,7 @@ class EarlyUpdates:
             return
         if self._log is None or not self.can_take_back:
             raise RuntimeError(
-                "the update of this step has begun in backward and cannot be taken back: with update=\"backward\" call "
+                'the update of this step has begun in backward and cannot be taken back: with update="backward" call '
                 "step() right after the last backward, with hyperparameters set before it and without clipping; or "
                 'use update="next_forward"'
             )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
+import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from .order import UseOrder
 from .report import memory_report, unit_table
 from .residency import Residency
 from .runtime import CallRuntime
+from .scheduler.chrome import ChromeTrace, TracedStep
 from .scheduler.loop import LoopThread
 from .scheduler.trace import Wait, busy_s, exposed_s, moved_nbytes
 from .step import Decision, Stepper, clip_factor
@@ -42,6 +44,7 @@ from .units import CallSite
 from .updates import PendingUpdates
 from .usage import ComputeRecord
 from .values import Values
+from .vertical import LossFn, VerticalSchedule
 
 MIN_UPDATE_WINDOW_NBYTES = 32 << 20
 
@@ -150,6 +153,9 @@ class OffloadEngine:
             self.config.micro_batches,
             ActivationBudget(self.config.activation_budget_nbytes(parts.device)),
         )
+        self._vertical = VerticalSchedule(
+            self, self.backward, self._note_loss, module, parts.parameters, self._runtime, self.config.micro_batches
+        )
         self._values = Values(
             module,
             parts.parameters,
@@ -171,6 +177,7 @@ class OffloadEngine:
         self._tokens: int | None = 0
         self._step = 0
         self._since_s: float | None = None
+        self._chrome: ChromeTrace | None = None
         dtypes = {info.parameter: info.parameter.dtype for info in parts.parameters}
         try:
             self._take_over()
@@ -276,9 +283,41 @@ class OffloadEngine:
         """`loss.backward(**kwargs)`; the loss is also noted for `StepInfo`. Nothing is scaled."""
         self._enter()
         loss.backward(**kwargs)
+        self._note_loss(loss)
+
+    def _note_loss(self, loss: Tensor) -> None:
         if loss.numel() == 1:
             value = loss.detach().reshape(())
             self._loss = value if self._loss is None else self._loss + value
+
+    def train_step(
+        self, batches: Sequence[Any], loss_fn: LossFn | None = None, reduction: Literal["mean", "sum"] = "mean"
+    ) -> StepInfo:
+        """Forward and backward of all micro-batches of a step, and `step()`.
+
+        Each unit's parameters come to the device once in forward and once in backward, for all micro-batches.
+        Where no random numbers are drawn, every bit is that of the plain loop: `engine(...)`, `engine.backward(loss)`
+        per micro-batch, `engine.step()`. Micro-batch i draws its random numbers, in forward and in loss_fn, from
+        generators seeded with s + i. s is drawn from the CPU's generator, as `torch.randint(2**62, ())`, when this is
+        called, and that is all that the caller's generators show of it: numbers are the same for every placement.
+
+        Where micro-batches cannot take turns they run one after another, with the same results, and a warning says so:
+        where forward changes buffers or attributes of modules (batch norm), or where micro-batches call units in
+        different orders. The inputs of all unit calls of all micro-batches are kept until backward.
+
+        Args:
+            batches: micro-batches, at most `micro_batches`; fewer make a shorter last step. A tensor is passed as
+                `module(batch)`, a tuple or list as `module(*batch)`, a dict as `module(**batch)`.
+            loss_fn: `loss_fn(result, batch)` returns the loss, a tensor of one element. Without it the module's result
+                is the loss, or has it as `.loss` or `["loss"]`.
+            reduction: "mean" divides each loss by the number of batches given, "sum" does not.
+
+        Raises: ValueError, RuntimeError or TypeError for arguments that cannot work; what a forward raises, after which
+            nothing is accumulated; otherwise as `step`.
+        """
+        self._enter()
+        num = self._vertical.run(batches, loss_fn, reduction)
+        return self.step(partial=num < self.config.micro_batches)
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients accumulated so far, as `torch.nn.utils.clip_grad_norm_` does; returns the norm before.
@@ -454,6 +493,18 @@ class OffloadEngine:
             self._parts, self._runtime.ledger, self._runtime.activations, self._bindings.private_nbytes
         )
 
+    def trace(self, path: str | os.PathLike[str] | None) -> None:
+        """Write every step from here on to `path`, as a trace that Chrome, Perfetto and `offload timeline` draw.
+
+        None ends the trace, and so does `close()`. Raises: OSError for a path that cannot be written.
+        """
+        self._check_open()
+        before, self._chrome = self._chrome, None
+        if before is not None:
+            before.close()
+        if path is not None:
+            self._chrome = ChromeTrace(path)
+
     def __str__(self) -> str:
         return unit_table(self._parts)
 
@@ -475,6 +526,8 @@ class OffloadEngine:
         finally:
             self._closed = True
             _open_engines.discard(self)
+            if self._chrome is not None:
+                self._chrome.close()
             self._bindings.close()
             self._runtime.detach()
             if self._log is not None:
@@ -546,7 +599,7 @@ class OffloadEngine:
         return self._access.read_compute(parameter)
 
     def _show(self, parameter: nn.Parameter) -> nn.Parameter:
-        return self._bindings.show(parameter, outside_of_forward=not self._runtime.computing)
+        return self._runtime.leaf(self._bindings.show(parameter, outside_of_forward=not self._runtime.computing))
 
     def _value_for_state_dict(self, parameter: nn.Parameter) -> Tensor:
         self._check_open()
@@ -563,8 +616,11 @@ class OffloadEngine:
     def _account(self, loss: float | None, tokens: int | None, decision: Decision, now_s: float) -> StepInfo:
         self._compute.settle()
         spans, waits = self._trace.drain()
-        seconds = now_s - (self._since_s if self._since_s is not None else now_s)
+        since_s = self._since_s if self._since_s is not None else now_s
+        seconds = now_s - since_s
         self._since_s = now_s
+        if self._chrome is not None:
+            self._chrome.add(TracedStep(step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits))
         return StepInfo(
             step=self._step,
             loss=loss,

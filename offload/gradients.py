@@ -31,6 +31,9 @@ from .turns import TurnSums
 from .units import Unit
 
 MAX_IN_FLIGHT = 2
+MAX_SMALL_IN_FLIGHT, SMALL_NBYTES = 64, 256 << 10
+"""Units whose gradients may be on their way home at once: memory that no budget counts, so few large ones; many small ones,
+else backward would wait for each one's round trip through threads."""
 
 
 class Contribution(NamedTuple):
@@ -76,6 +79,7 @@ class Gradients:
         self._unit_of = {p: layout.unit.index for layout in layouts for p in layout.by_parameter}
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
+        self._small_slots = threading.BoundedSemaphore(MAX_SMALL_IN_FLIGHT)
         self._unit_locks: dict[int, asyncio.Lock] = {}
         self._in_flight: list[Future[None]] = []
         self._harvest: dict[nn.Parameter, Tensor] = {}
@@ -194,24 +198,26 @@ class Gradients:
         for parameter in gradients:
             self._arrived_in.setdefault(parameter, self.num_backwards)
         is_last = self.num_backwards + (self._turns.num if self._turns is not None else 1) >= self._micro_batches
-        self._wait_for_slot(self._layouts[unit].unit.name)
+        is_small = sum(c.gradient.nbytes for c in contributions) <= SMALL_NBYTES
+        slots = self._small_slots if is_small else self._slots
+        self._wait_for_slot(slots, self._layouts[unit].unit.name)
         try:
             future = self._loop.submit(
                 self._land(unit, contributions, has_earlier, is_last, complete, *self._pack(contributions))
             )
         except BaseException:
-            self._slots.release()
+            slots.release()
             raise
-        future.add_done_callback(lambda _: self._slots.release())
+        future.add_done_callback(lambda _: slots.release())
         self._in_flight = [f for f in self._in_flight if not f.done() or f.exception() is not None]
         self._in_flight.append(future)
 
-    def _wait_for_slot(self, unit: str) -> None:
+    def _wait_for_slot(self, slots: threading.BoundedSemaphore, unit: str) -> None:
         """Back-pressure: gradients that wait for their way home are memory that no budget counts."""
-        if self._slots.acquire(blocking=False):
+        if slots.acquire(blocking=False):
             return
         start_s = time.perf_counter()
-        self._slots.acquire()
+        slots.acquire()
         self._lanes.trace.add_wait(Wait(start_s, time.perf_counter(), unit))
 
     def _pack(self, contributions: list[Contribution]) -> tuple[Tensor | None, Event | None]:

@@ -205,4 +205,3 @@ class Journeys:
         await self._lanes.h2d.run(
             self._device.upload, slot, source, None, unit=unit.name, kind="param", nbytes=source.numel()
         )
-

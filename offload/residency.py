@@ -122,7 +122,8 @@ class Residency:
                 staged = self._staged[unit.index]
                 staged.holds -= 1
                 staged.last_use = event
-        self._loop.call_soon(self._notify)
+        if self._changed:  # who begins to wait after this looks at `holds` first
+            self._loop.call_soon(self._notify)
 
     def expect(self, updates: Mapping[int, UnitUpdate], after: Future[bool] | None) -> dict[int, Future[None]]:
         """From here on these units (by index) are used only after their updates; never blocks.
@@ -187,7 +188,7 @@ class Residency:
 
     def ask_prefetch(self) -> None:
         """Fetch what should be needed next, as far as there is room; never blocks."""
-        if not self._prefetch_asked:
+        if not self._prefetch_asked and len(self._staged) < len(self._layouts):
             self._prefetch_asked = True
             self._loop.call_soon(self._prefetch)
 

@@ -128,9 +128,10 @@ def test_gradients_of_one_unit_come_home_in_the_order_they_were_sent(make_rig: C
     assert rig.gradients.total_square(rig.weights) == 9.0 * 256
 
 
-def test_back_pressure(make_rig: Callable[..., Rig]) -> None:
+def test_back_pressure(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients on their way are memory outside of every budget, so backward waits when there are too many."""
     assert MAX_IN_FLIGHT == 2
+    monkeypatch.setattr("offload.gradients.SMALL_NBYTES", 0)
     rig = make_rig(1)
     sent: list[int] = []
 
@@ -156,8 +157,22 @@ def test_back_pressure(make_rig: Callable[..., Rig]) -> None:
     assert [wait.unit for wait in waits] == ["2"], "the wait is recorded"
 
 
+def test_small_gradients_do_not_wait_for_each_other(make_rig: Callable[..., Rig]) -> None:
+    """The same three as above, of 1 KiB each: all are sent before the first has come home."""
+    rig = make_rig(1)
+    for index in range(3):
+        rig.give(index, 1.0)
+        rig.gradients.flush(index, more_to_come=False)
+    rig.store.gate.set()
+    rig.gradients.end_backward()
+    rig.gradients.wait()
+    assert all((rig.total(index) == 1.0).all() for index in range(3))
+    assert rig.parts.lanes.trace.drain()[1] == []
+
+
 def test_slots_come_back_after_a_failure(make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that fails more often than there are slots: every failure is raised, none blocks for ever."""
+    monkeypatch.setattr("offload.gradients.SMALL_NBYTES", 0)
     rig = make_rig(1)
     rig.store.gate.set()
 
