@@ -32,8 +32,8 @@ from .units import Unit
 
 MAX_IN_FLIGHT = 2
 MAX_SMALL_IN_FLIGHT, SMALL_NBYTES = 64, 256 << 10
-"""Units whose gradients may be on their way home at once: memory that no budget counts, so few large ones; many small ones,
-else backward would wait for each one's round trip through threads."""
+"""Units whose gradients may be on their way home at once. They are memory that no budget counts, so few large ones are;
+many small ones, else backward would wait for each one's round trip through threads."""
 
 
 class Contribution(NamedTuple):

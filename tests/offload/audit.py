@@ -1,7 +1,7 @@
 """Every operation on a buffer, on record: which bytes, read or written, from when to when; and every lease's life.
 
-`Audit.check` finds, after the fact, two operations on the same bytes at the same time of which one writes, operations on
-a pool's bytes that nobody had leased, and pools beyond their budget.
+`Audit.check` finds, after the fact, two operations on the same bytes at the same time of which one writes, operations
+on a pool's bytes that nobody had leased, and pools beyond their budget.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Audit:
             for other in active:
                 overlaps = other.first < access.last and access.first < other.last
                 if overlaps and (other.writes or access.writes):
-                    yield f"{other.what} and {access.what} at once, {'both write' if other.writes and access.writes else 'one writes'}"
+                    yield f"{other.what} and {access.what} at once"
             active.append(access)
 
     def _homeless(self) -> Iterator[str]:

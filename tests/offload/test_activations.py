@@ -88,8 +88,8 @@ def test_what_fits_is_not_computed_again(where: str, tmp_path: Path) -> None:
 
 
 def test_a_saved_view_of_a_slot_that_others_used_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three slots for four units, which lie elsewhere in backward than in forward. With the guard taken out (slots saved
-    as they are) the gradients are wrong."""
+    """Three slots for four units, which lie elsewhere in backward than in forward. With the guard taken out (slots
+    saved as they are) the gradients are wrong."""
 
     def gradients() -> dict[str, Tensor]:
         config = OffloadConfig(**FP32, device=FakeDevice(max_delay_s=2e-4), device_memory=3 * 8192, host_memory="4MiB")
