@@ -15,7 +15,7 @@ help:
 	@echo "make test       the suite, without what is slow or needs a GPU"
 	@echo "make test-slow  the slow tests        make test-gpu  the tests that need an accelerator"
 	@echo "make lint       ruff, format check, types        make format  mend what ruff can"
-	@echo "make bench      tokens/s: plain torch, engine in memory, engine on NVMe"
+	@echo "make bench      kernels against memory speed; tokens/s: plain torch, engine in memory and on NVMe"
 	@echo "make clean      remove everything that make made"
 
 setup: $(STAMP)
@@ -35,7 +35,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml setup.py $(wildca
 
 run: setup
 	@mkdir -p $(LOCAL)/run
-	$(BIN)/offload train --model small --steps 60 --batch 8 --seq 128 --lr 5e-4 --host-memory 192MiB --nvme $(LOCAL)/run --overwrite $(ARGS)
+	$(BIN)/offload train --model small --steps 60 --batch 8 --seq 128 --lr 5e-4 --host-memory 192MiB --nvme $(LOCAL)/run --overwrite --timeline $(LOCAL)/step.html $(ARGS)
 
 test: setup
 	@echo "[+] running tests marked neither slow nor gpu"
@@ -65,6 +65,7 @@ format: setup
 
 bench: setup
 	@mkdir -p $(LOCAL)/bench
+	$(BIN)/offload bench kernels
 	$(BIN)/offload bench step --nvme $(LOCAL)/bench $(ARGS)
 
 clean:

@@ -1,8 +1,10 @@
 """Speed of the kernels beside what the memory gives: one row per (kernel, implementation).
 
-The roof of a row is measured in the same run, with the same threads and the same streams: a pass that reads, writes
-or updates in place arrays of the same widths and does next to no arithmetic. Kernel and roof take turns, and both
-count with their best repetition, because what else runs on the machine can only slow them.
+The roof of a row is measured in the same run, with the same threads, the same chunks and the same streams: a pass
+that reads, writes or updates in place arrays of the same widths, on the same kind of pages, and does next to no
+arithmetic. Kernel and roof take turns, and both count with their best repetition, because what else runs on the
+machine can only slow them. Ranges are cut before the clock starts, so a row holds the kernel and one public call for
+each chunk, and nothing of the bench's own.
 
 Peers, untuned: torch's fused AdamW over fp32 parameters followed by a bf16 copy of them, which is what a split master
 replaces, and torch.compile of the split-master formula.
@@ -11,12 +13,13 @@ replaces, and torch.compile of the split-master formula.
 from __future__ import annotations
 
 import functools
-import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +28,12 @@ from offload.kernels import dispatch, gradient, master, moments, optimizer
 from offload.kernels.native import library
 from offload.kernels.rounding import Rounding
 
-CHUNK = 1 << 20  # elements that one call of an executor thread works on
+CHUNK_ALIGN = 4096  # elements: whole blocks of every kernel, whole pages of every array
+CHUNKS_PER_THREAD = 8  # a thread that is held up leaves its later ones to the others
 READ, UPDATE, WRITE = 0, 1, 2
 ADAMW = optimizer.AdamScalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, decoupled=True)
 SGD = optimizer.SgdScalars(lr=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=False, first=False)
+SPLIT_ADAMW = ("adamw", "split master, bf16 grad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +72,8 @@ class Case:
         return sum(size * (2 if mode == UPDATE else 1) for size, mode in self.streams) + scales
 
 
-def run(quick: bool, json_path: Path | str | None = None, threads: int | None = None) -> list[Row]:
-    """Measure every kernel on this machine, print a table, write the rows to `json_path` as a list of objects.
+def run(quick: bool, threads: int | None = None) -> list[Row]:
+    """Measure every kernel on this machine; print the rows as a table and return them.
 
     Args:
         quick: arrays that partly fit in caches, few repetitions, no torch.compile: a smoke test, not a measurement.
@@ -78,15 +83,18 @@ def run(quick: bool, json_path: Path | str | None = None, threads: int | None = 
     elements = 1 << 22 if quick else 1 << 26
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    with_compile = not quick and shutil.which(os.environ.get("CXX") or "g++") is not None
     rows = []
     try:
-        for case in cases(elements, with_compile=not quick):
-            rows += measure_case(case, elements, threads, repetitions=3 if quick else 9)
+        for case in cases(elements, with_compile=with_compile):
+            rows += measure_case(case, elements, threads, repetitions=3 if quick else 15)
     finally:
         torch.set_num_threads(before)
     print(table(rows))
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    for line in comparisons(rows):
+        print(line)
+    if not quick and not with_compile:
+        print("torch.compile is left out: it needs a C++ compiler, and there is none. Install g++ or set CXX.")
     return rows
 
 
@@ -107,8 +115,11 @@ def cases(n: int, *, with_compile: bool) -> Iterable[Case]:
 def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> list[Row]:
     """The rows of one case: the peer itself, or each implementation that runs here; all take turns with the roof."""
     with ThreadPoolExecutor(threads) as executor:
-        passes = _passes(case, elements, executor)
-        roof_pass = _roof_pass(case, elements, executor)
+        chunk = -(-elements // (CHUNKS_PER_THREAD * threads * CHUNK_ALIGN)) * CHUNK_ALIGN
+        spans = [(start, min(chunk, elements - start)) for start in range(0, elements, chunk)]
+        share = functools.partial(_share, executor, threads)
+        passes = _passes(case, spans, share)
+        roof_pass = _roof_pass(case, elements, spans, share)
         best = {name: (float("inf"), float("inf")) for name in passes}
         best_roof_s = float("inf")
         for one_pass in passes.values():
@@ -117,7 +128,7 @@ def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> l
             if roof_pass is not None:
                 best_roof_s = min(best_roof_s, _timed(roof_pass)[0])
             for name, one_pass in passes.items():
-                if name == "reference" and repetition % 3:
+                if name == "reference" and repetition % 5:
                     continue  # slow
                 wall_s, cpu_s = _timed(one_pass)
                 best[name] = min(best[name][0], wall_s), min(best[name][1], cpu_s)
@@ -171,34 +182,65 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _passes(case: Case, elements: int, executor: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
-    """Implementation -> one pass over all elements."""
+def comparisons(rows: list[Row]) -> list[str]:
+    """What the split master is for: elements per second of native AdamW against each peer, from these rows."""
+    ours = [row for row in rows if (row.name, row.dtype_form, row.implementation) == (*SPLIT_ADAMW, "native")]
+    peers = [row for row in rows if row.bits_equal_reference is None]
+    return [
+        f"{row.name}, {row.dtype_form}: {row.elements_per_s / peer.elements_per_s:.2f} times the elements/s of "
+        f"{peer.implementation} ({peer.dtype_form})"
+        for row in ours
+        for peer in peers
+    ]
+
+
+def _share(executor: ThreadPoolExecutor, threads: int, work: Callable[[Any], object], items: list[Any]) -> None:
+    """Do `work` on every item: each thread takes the next one until none is left."""
+    rest = iter(items)  # of a list: taking the next item is one step for all threads
+
+    def take() -> None:
+        for item in rest:
+            work(item)
+
+    for future in [executor.submit(take) for _ in range(threads)]:
+        future.result()
+
+
+def _passes(case: Case, spans: list[tuple[int, int]], share: Callable[..., None]) -> dict[str, Callable[[], object]]:
+    """Implementation -> one pass over all elements, cut into spans (first element, number of elements)."""
     if case.peer is not None:
         return {case.peer: lambda: case.call(**case.arrays)}
+    parts = [_part(case.arrays, start, count) for start, count in spans]
 
     def one_pass(name: str) -> None:
         with dispatch.use(name):
-            starts = range(0, elements, CHUNK)
-            list(executor.map(lambda start: case.call(**_part(case.arrays, start, CHUNK)), starts))
+            share(lambda part: case.call(**part), parts)
 
     names = ["native", "reference"] if dispatch.why_not_native() is None else ["reference"]
     return {name: functools.partial(one_pass, name) for name in names}
 
 
-def _roof_pass(case: Case, elements: int, executor: ThreadPoolExecutor) -> Callable[[], object] | None:
+def _roof_pass(
+    case: Case, elements: int, spans: list[tuple[int, int]], share: Callable[..., None]
+) -> Callable[[], object] | None:
     """A pass over arrays of the case's widths with next to no arithmetic; None without the native library."""
     if dispatch.why_not_native() is not None:
         return None
     native = library.load()
     arrays = [torch.zeros(elements * size, dtype=torch.uint8) for size, _ in case.streams]
 
-    def chunk(start: int) -> None:
+    def part(start: int, count: int) -> tuple[int, int, Any]:
         structs = (library.StreamStruct * len(arrays))()
         for struct, array, (size, mode) in zip(structs, arrays, case.streams, strict=True):
             struct.data, struct.size_nbytes, struct.mode = array.data_ptr() + start * size, size, mode
-        native.offl_stream(min(CHUNK, elements - start), len(arrays), structs)
+        return count, len(arrays), structs
 
-    return lambda: list(executor.map(chunk, range(0, elements, CHUNK)))
+    parts = [part(start, count) for start, count in spans]
+
+    def one_pass(arrays: list[Tensor] = arrays) -> None:  # the parts hold addresses: the arrays must live as long
+        share(lambda part: native.offl_stream(*part), parts)
+
+    return one_pass
 
 
 def _timed(function: Callable[[], object]) -> tuple[float, float]:

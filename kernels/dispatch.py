@@ -111,4 +111,4 @@ def _load_failure() -> str | None:
 
 @cache
 def _notice_once(reason: str) -> None:
-    _LOG.warning("CPU kernels run in plain torch, up to 3 times slower. %s", reason)
+    _LOG.warning("CPU kernels run in plain torch, 10 to 40 times slower. %s", reason)

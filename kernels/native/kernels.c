@@ -182,21 +182,28 @@ struct adam {
     float grad_scale, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, decay, l2;
 };
 
+/* One element: `p`, `m` and `v` in place. */
+INLINE void adam_update(float *p, float *m, float *v, float grad, struct adam f)
+{
+    float g = grad * f.grad_scale;
+    float with_l2 = g + *p * f.l2;
+    g = f.l2 != 0.0f ? with_l2 : g;
+    *m = *m + (g - *m) * f.one_minus_beta1;
+    *v = *v * f.beta2 + (g * g) * f.one_minus_beta2;
+    float update = f.step_size * (*m / (sqrtf(*v) + f.eps));
+    float with_decay = update + *p * f.decay;
+    update = f.decay != 0.0f ? with_decay : update;
+    *p -= update;
+}
+
 INLINE void adam_element(int is_split, int dtype, int64_t i, void *restrict param, int16_t *restrict low,
                          float *restrict exp_avg, float *restrict exp_avg_sq, const void *restrict grad, struct adam f)
 {
-    float p = load_master(param, low, is_split, i);
-    float g = load(grad, dtype, i) * f.grad_scale;
-    float with_l2 = g + p * f.l2;
-    g = f.l2 != 0.0f ? with_l2 : g;
-    float m = exp_avg[i] + (g - exp_avg[i]) * f.one_minus_beta1;
-    float v = exp_avg_sq[i] * f.beta2 + (g * g) * f.one_minus_beta2;
-    float update = f.step_size * (m / (sqrtf(v) + f.eps));
-    float with_decay = update + p * f.decay;
-    update = f.decay != 0.0f ? with_decay : update;
+    float p = load_master(param, low, is_split, i), m = exp_avg[i], v = exp_avg_sq[i];
+    adam_update(&p, &m, &v, load(grad, dtype, i), f);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
-    store_master(param, low, is_split, i, p - update);
+    store_master(param, low, is_split, i, p);
 }
 
 INLINE void adam_body(int is_split, int dtype, int64_t n, void *restrict param, int16_t *restrict low,
@@ -225,9 +232,11 @@ INLINE uint32_t mix(uint32_t x)
     return x ^ (x >> 16);
 }
 
-INLINE uint32_t random_bits(struct rounding r, uint64_t index)
+/* For element `first_index + offset`; the high word takes the carry of the low one, which costs less than 64 bits. */
+INLINE uint32_t random_bits(struct rounding r, uint64_t first_index, uint32_t offset)
 {
-    return mix(mix((uint32_t)index ^ r.key0) ^ (uint32_t)(index >> 32) ^ r.key1);
+    uint32_t low = (uint32_t)first_index + offset, high = (uint32_t)(first_index >> 32) + (low < offset);
+    return mix(mix(low ^ r.key0) ^ high ^ r.key1);
 }
 
 /* Adds 16 random bits below the kept ones and cuts: rounds up with the probability of the discarded fraction. */
@@ -246,11 +255,23 @@ INLINE void load_block(int dtype, const void *restrict source, int64_t begin, in
         for (int64_t i = 0; i < count; i++) block[i] = load(source, F16, begin + i);
 }
 
+INLINE void adam_bf16_element(int is_split, int64_t i, void *restrict param, int16_t *restrict low,
+                              uint16_t *restrict exp_avg, uint16_t *restrict exp_avg_sq, const float *restrict grad,
+                              struct adam f, struct rounding r, uint64_t first_index)
+{
+    float p = load_master(param, low, is_split, i), m = load(exp_avg, BF16, i), v = load(exp_avg_sq, BF16, i);
+    uint32_t random = random_bits(r, first_index, (uint32_t)i);
+    adam_update(&p, &m, &v, grad[i], f);
+    exp_avg[i] = round_stochastically(m, random);
+    exp_avg_sq[i] = round_stochastically(v, random >> 16);
+    store_master(param, low, is_split, i, p);
+}
+
 INLINE void adam_bf16_body(int is_split, int dtype, int64_t n, void *restrict param, int16_t *restrict low,
                            uint16_t *restrict exp_avg, uint16_t *restrict exp_avg_sq, const void *restrict grad,
                            const struct adam *factors, const struct rounding *rounding)
 {
-    float m[BLOCK], v[BLOCK], g[BLOCK];
+    float g[BLOCK];
     const struct adam f = *factors;
     const struct rounding r = *rounding;
     for (int64_t begin = 0; begin < n; begin += BLOCK) {
@@ -261,18 +282,17 @@ INLINE void adam_bf16_body(int is_split, int dtype, int64_t n, void *restrict pa
         prefetch(grad, size_of(dtype), begin);
         void *param_part = master_at(param, is_split, begin);
         int16_t *low_part = is_split ? low + begin : 0;
-        load_block(BF16, exp_avg, begin, count, m);
-        load_block(BF16, exp_avg_sq, begin, count, v);
+        uint16_t *m_part = exp_avg + begin, *v_part = exp_avg_sq + begin;
+        uint64_t first = r.first_index + (uint64_t)begin;
         load_block(dtype, grad, begin, count, g);
-        INDEPENDENT
-        for (int64_t i = 0; i < count; i++)
-            adam_element(is_split, F32, i, param_part, low_part, m, v, g, f);
-        INDEPENDENT
-        for (int64_t i = 0; i < count; i++) {
-            uint32_t random = random_bits(r, r.first_index + (uint64_t)(begin + i));
-            exp_avg[begin + i] = round_stochastically(m[i], random);
-            exp_avg_sq[begin + i] = round_stochastically(v[i], random >> 16);
-        }
+        if (count == BLOCK)
+            INDEPENDENT for (int64_t i = 0; i < BLOCK; i++)
+                adam_bf16_element(is_split, i, param_part, low_part, m_part, v_part, g, f, r, first);
+        else
+            for (int64_t i = 0; i < count; i++) {
+                adam_bf16_element(is_split, i, param_part, low_part, m_part, v_part, g, f, r, first);
+                KEEP_SCALAR;
+            }
     }
 }
 

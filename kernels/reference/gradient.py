@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .blocks import blocks, scratch
+from .blocks import blocks, one_pass, scratch
 from .master import load_master
 
 SUM_BLOCK = 4096
 
 
-@torch.no_grad()
+@one_pass
 def squared_norm(flat: Tensor) -> float:
     total = 0.0
     for (block,) in blocks(flat):
@@ -19,13 +19,13 @@ def squared_norm(flat: Tensor) -> float:
     return total
 
 
-@torch.no_grad()
+@one_pass
 def accumulate_(acc: Tensor, grad: Tensor) -> None:
     for acc_b, grad_b in blocks(acc, grad):
         acc_b.copy_(_as_float32(acc_b, "g").add_(_as_float32(grad_b, "t")))
 
 
-@torch.no_grad()
+@one_pass
 def copy_(dst: Tensor, src: Tensor) -> None:
     for dst_b, src_b in blocks(dst, src):
         dst_b.copy_(_as_float32(src_b, "t"))
@@ -41,13 +41,13 @@ def accumulate_squared_norm_(acc: Tensor, grad: Tensor) -> float:
     return squared_norm(acc)
 
 
-@torch.no_grad()
+@one_pass
 def scale_(flat: Tensor, factor: float) -> None:
     for (block,) in blocks(flat):
         block.copy_(torch.mul(_as_float32(block, "t"), factor, out=scratch("t", block)))
 
 
-@torch.no_grad()
+@one_pass
 def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[float, float, float]:
     weight_grad = weight_weight = grad_grad = 0.0
     for param_b, low_b, grad_b in blocks(param, low, grad):
@@ -58,7 +58,7 @@ def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[fl
     return weight_grad, weight_weight, grad_grad
 
 
-@torch.no_grad()
+@one_pass
 def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float, rescale: float) -> None:
     for param_b, low_b, grad_b in blocks(param, low, grad):
         along = torch.mul(load_master(param_b, low_b), coefficient, out=scratch("t", grad_b))

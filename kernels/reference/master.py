@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-from .blocks import blocks, scratch
+from .blocks import blocks, one_pass, scratch
 
 CANONICAL_NAN = 0x7FC00000
 
 
-@torch.no_grad()
+@one_pass
 def split_(master: Tensor, param: Tensor, low: Tensor) -> None:
     for master_block, param_block, low_block in blocks(master, param, low):
         split_block(master_block, param_block, low_block)
 
 
-@torch.no_grad()
+@one_pass
 def join_(param: Tensor, low: Tensor, master: Tensor) -> None:
     for param_block, low_block, master_block in blocks(param, low, master):
         join_block(param_block, low_block, master_block)
@@ -37,8 +37,8 @@ def split_block(master: Tensor, param: Tensor, low: Tensor) -> None:
 
 def join_block(param: Tensor, low: Tensor, master: Tensor) -> None:
     """bits = (high << 16) + low."""
-    bits = master.view(torch.int32)
-    bits.copy_(param.view(torch.int16)).mul_(0x10000).add_(scratch("bits", master, torch.int32).copy_(low))
+    master.copy_(param)  # widening bf16 is the shift
+    master.view(torch.int32).add_(scratch("bits", master, torch.int32).copy_(low))
 
 
 def load_master(param: Tensor, low: Tensor | None) -> Tensor:

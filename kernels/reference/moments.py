@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..factors import AdamFactors
 from ..rounding import Rounding
-from .blocks import blocks
-from .master import CANONICAL_NAN, load_master, store_master
+from .blocks import blocks, one_pass, scratch
+from .master import load_master, store_master
 from .optimizer import adam_block, gradient, sqrt_
 
 QUANT_BLOCK = 256
 _MASK32 = 0xFFFFFFFF
 
 
-@torch.no_grad()
+@one_pass
 def adam_bf16_(
     param: Tensor,
     low: Tensor | None,
@@ -28,17 +30,18 @@ def adam_bf16_(
 ) -> None:
     done = 0
     for param_b, low_b, exp_avg_b, exp_avg_sq_b, grad_b in blocks(param, low, exp_avg, exp_avg_sq, grad):
-        m, v = exp_avg_b.float(), exp_avg_sq_b.float()
+        m, v = scratch("m", param_b).copy_(exp_avg_b), scratch("v", param_b).copy_(exp_avg_sq_b)
         p = load_master(param_b, low_b)
         adam_block(p, m, v, gradient(grad_b, p, factors.grad_scale, factors.l2), factors)
         random = random_bits(rounding, done, p.numel(), p.device)
-        round_stochastically(m, random & 0xFFFF, exp_avg_b)
-        round_stochastically(v, random >> 16, exp_avg_sq_b)
+        half = torch.bitwise_and(random, 0xFFFF, out=scratch("half", p, torch.int32))
+        round_stochastically(m, half, exp_avg_b)
+        round_stochastically(v, random.bitwise_right_shift_(16).bitwise_and_(0xFFFF), exp_avg_sq_b)
         store_master(p, param_b, low_b)
         done += p.numel()
 
 
-@torch.no_grad()
+@one_pass
 def adam_8bit_(
     param: Tensor,
     low: Tensor | None,
@@ -63,18 +66,27 @@ def adam_8bit_(
 
 
 def random_bits(rounding: Rounding, start: int, n: int, device: torch.device) -> Tensor:
-    """[n] int64 in 0 .. 2^32 - 1: the random numbers of the elements from `first_index + start` on."""
+    """[n] int32 patterns of the random numbers of the elements from `first_index + start` on."""
     key0, key1 = rounding.key_pair()
     first = rounding.first_index + start
-    index = torch.arange(first, first + n, dtype=torch.int64, device=device)
-    return _mix(_mix((index & _MASK32) ^ key0) ^ (index >> 32) ^ key1)
+    x = torch.arange(n, dtype=torch.int32, device=device)
+    until_carry = min(n, (1 << 32) - (first & _MASK32))  # elements whose index has the same high word as the first
+    high = [(x[:until_carry], first >> 32), (x[until_carry:], (first >> 32) + 1)]
+    _mix_(x.add_(_signed(first)).bitwise_xor_(_signed(key0)))
+    for part, word in high:
+        part.bitwise_xor_(_signed(word ^ key1))
+    return _mix_(x)
 
 
 def round_stochastically(value: Tensor, random: Tensor, target: Tensor) -> None:
-    """target [n] bf16 = the high half of the pattern of `value` [n] fp32 plus `random` [n] in 0 .. 65535."""
-    bits = (value.view(torch.int32).to(torch.int64) + random) >> 16
-    bits = torch.where(torch.isnan(value), CANONICAL_NAN >> 16, bits)
-    target.view(torch.int16).copy_(bits)
+    """target [n] bf16 = the high half of the pattern of `value` [n] fp32 plus `random` [n] int32 in 0 .. 65535.
+
+    The sum passes the largest int32 only where `value` is NaN, and NaN is written afterwards.
+    """
+    bits = torch.add(value.view(torch.int32), random, out=random)
+    target.view(torch.int16).copy_(bits.bitwise_right_shift_(16))
+    if math.isnan(float(value.sum())):
+        target.masked_fill_(torch.isnan(value), math.nan)
 
 
 def encode_signed(value: Tensor, codes: Tensor, scales: Tensor) -> None:
@@ -127,8 +139,18 @@ def _spread(scales: Tensor, n: int) -> Tensor:
     return scales.repeat_interleave(QUANT_BLOCK)[:n]
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit hash in int64 numbers; products wrap, and the mask keeps their low 32 bits."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK32
-    return x ^ (x >> 16)
+def _mix_(x: Tensor) -> Tensor:
+    """The 32-bit hash of `offload.kernels.rounding` on int32 patterns, in place; products wrap."""
+    _xor_shifted_(x, 16).mul_(_signed(0x7FEB352D))
+    _xor_shifted_(x, 15).mul_(_signed(0x846CA68B))
+    return _xor_shifted_(x, 16)
+
+
+def _xor_shifted_(x: Tensor, count: int) -> Tensor:
+    """x ^= x >> count, where zeros come in from above: int32 shifts bring in the sign."""
+    return x.bitwise_xor_((x >> count).bitwise_and_(_MASK32 >> count))
+
+
+def _signed(pattern: int) -> int:
+    """The int32 number with the low 32 bits of `pattern`."""
+    return ((pattern & _MASK32) ^ 0x80000000) - 0x80000000

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..factors import AdamFactors, SgdFactors
-from .blocks import blocks, scratch
+from .blocks import blocks, one_pass, scratch
 from .master import load_master, store_master
 
 
-@torch.no_grad()
+@one_pass
 def adam_(
     param: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, factors: AdamFactors
 ) -> None:
@@ -20,7 +20,7 @@ def adam_(
         store_master(p, param_b, low_b)
 
 
-@torch.no_grad()
+@one_pass
 def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors) -> None:
     for param_b, low_b, buffer_b, grad_b in blocks(param, low, momentum_buffer, grad):
         p = load_master(param_b, low_b)

@@ -9,6 +9,7 @@ and not one that a compiler version chooses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,38 @@ from torch import Tensor
 F32, BF16, F16 = 0, 1, 2
 _CODES = {torch.float32: F32, torch.bfloat16: BF16, torch.float16: F16}
 
-BLOCK = 1024  # elements per program: 8 a thread, so that a thread's 16-bit loads are 16 bytes wide
 OPTIONS: dict[str, Any] = {
     "num_warps": 4,
     "enable_fp_fusion": False,  # a fused multiply-add rounds once where the definition rounds twice
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an element-wise kernel is cut into programs. The bits are the same for each."""
+
+    block: int  # elements per program; 8 or 16 a thread, so that a thread's 16-bit loads are 16 bytes wide
+    num_warps: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch is given besides the kernel's own arguments."""
+        return OPTIONS | {"BLOCK": self.block, "num_warps": self.num_warps}
+
+
+SHAPES = (Shape(1024, 4), Shape(512, 2), Shape(2048, 8), Shape(2048, 4))  # the first until `tuning.tune` chooses
+_shape = SHAPES[0]
+
+
+def current_shape() -> Shape:
+    """The shape of the launches that follow. A call asks once, so that all its launches agree."""
+    return _shape
+
+
+def set_shape(shape: Shape) -> None:
+    """Launch with `shape` from now on, in the whole process."""
+    global _shape
+    _shape = shape
 
 
 def code(tensor: Tensor) -> int:
@@ -41,7 +69,7 @@ def parts(first: int, *tensors: Tensor | None) -> list[Tensor | None]:
     return [None if tensor is None else raw(tensor)[first:] for tensor in tensors]
 
 
-def launches(n: int, block: int = BLOCK) -> list[tuple[int, int, int]]:
+def launches(n: int, block: int) -> list[tuple[int, int, int]]:
     """(first element, number of elements, number of programs) of the launches that cover n elements.
 
     The bulk is a multiple of 16 elements, which the compiler knows and uses: with any n the mask of a load could

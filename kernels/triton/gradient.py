@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, OPTIONS, as_float32, code, from_float32, launches, load_master, parts
+from .formats import OPTIONS, as_float32, code, current_shape, from_float32, launches, load_master, parts
 
 SUM_BLOCK = 4096
 
@@ -117,8 +117,9 @@ def accumulate_squared_norm_(acc: Tensor, grad: Tensor) -> float:
 
 
 def scale_(flat: Tensor, factor: float) -> None:
-    for first, count, programs in launches(flat.numel()):
-        scale_kernel[(programs,)](*parts(first, flat), count, factor, CODE=code(flat), BLOCK=BLOCK, **OPTIONS)
+    shape = current_shape()
+    for first, count, programs in launches(flat.numel(), shape.block):
+        scale_kernel[(programs,)](*parts(first, flat), count, factor, CODE=code(flat), **shape.options)
 
 
 def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[float, float, float]:
@@ -140,18 +141,20 @@ def projection_sums(param: Tensor, low: Tensor | None, grad: Tensor) -> tuple[fl
 
 
 def project_(param: Tensor, low: Tensor | None, grad: Tensor, coefficient: float, rescale: float) -> None:
-    for first, count, programs in launches(grad.numel()):
+    shape = current_shape()
+    for first, count, programs in launches(grad.numel(), shape.block):
         tensors = parts(first, param, low, grad)
         project_kernel[(programs,)](
-            *tensors, count, coefficient, rescale, IS_SPLIT=low is not None, GRAD=code(grad), BLOCK=BLOCK, **OPTIONS
+            *tensors, count, coefficient, rescale, IS_SPLIT=low is not None, GRAD=code(grad), **shape.options
         )
 
 
 def _gather(target: Tensor, source: Tensor, *, writes: bool, adds: bool, sums: bool) -> float:
-    n = source.numel()
+    n, shape = source.numel(), current_shape()
     partial = torch.zeros(triton.cdiv(n, SUM_BLOCK) if sums else 1, dtype=torch.float64, device=source.device)
-    block = SUM_BLOCK if sums else BLOCK
-    for first, count, programs in (launches(n - n % SUM_BLOCK, block) + _rest(n)) if sums else launches(n):
+    options = OPTIONS | {"BLOCK": SUM_BLOCK} if sums else shape.options
+    spans = launches(n - n % SUM_BLOCK, SUM_BLOCK) + _rest(n) if sums else launches(n, shape.block)
+    for first, count, programs in spans:
         gather_kernel[(programs,)](
             *parts(first, target, source),
             partial[first // SUM_BLOCK :] if sums else partial,
@@ -161,8 +164,7 @@ def _gather(target: Tensor, source: Tensor, *, writes: bool, adds: bool, sums: b
             WRITES=writes,
             ADDS=adds,
             SUMS=sums,
-            BLOCK=block,
-            **OPTIONS,
+            **options,
         )
     return _add_in_order(partial) if sums else 0.0
 

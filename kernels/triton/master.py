@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .formats import BLOCK, OPTIONS, launches, load_master, parts, store_master
+from .formats import current_shape, launches, load_master, parts, store_master
 
 
 @triton.jit
@@ -27,10 +27,12 @@ def join_kernel(master, param, low, n, BLOCK: tl.constexpr):
 
 
 def split_(master: Tensor, param: Tensor, low: Tensor) -> None:
-    for first, count, programs in launches(master.numel()):
-        split_kernel[(programs,)](*parts(first, master, param, low), count, BLOCK=BLOCK, **OPTIONS)
+    shape = current_shape()
+    for first, count, programs in launches(master.numel(), shape.block):
+        split_kernel[(programs,)](*parts(first, master, param, low), count, **shape.options)
 
 
 def join_(param: Tensor, low: Tensor, master: Tensor) -> None:
-    for first, count, programs in launches(master.numel()):
-        join_kernel[(programs,)](*parts(first, master, param, low), count, BLOCK=BLOCK, **OPTIONS)
+    shape = current_shape()
+    for first, count, programs in launches(master.numel(), shape.block):
+        join_kernel[(programs,)](*parts(first, master, param, low), count, **shape.options)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..factors import AdamFactors
 from ..rounding import Rounding
-from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, parts, store_master
+from .formats import OPTIONS, as_float32, code, current_shape, launches, load_master, parts, store_master
 from .optimizer import adam_arguments, adam_update
 
 QUANT_BLOCK = 256
@@ -157,7 +157,8 @@ def adam_bf16_(
     rounding: Rounding,
 ) -> None:
     keys = [key - (1 << 32) if key >> 31 else key for key in rounding.key_pair()]  # as int32
-    for first, count, programs in launches(param.numel()):
+    shape = current_shape()
+    for first, count, programs in launches(param.numel(), shape.block):
         tensors = parts(first, param, low, exp_avg, exp_avg_sq, grad)
         adam_bf16_kernel[(programs,)](
             *tensors,
@@ -169,8 +170,7 @@ def adam_bf16_(
             GRAD=code(grad),
             HAS_DECAY=factors.decay != 0.0,
             HAS_L2=factors.l2 != 0.0,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **shape.options,
         )
 
 

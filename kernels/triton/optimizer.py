@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..factors import AdamFactors, SgdFactors
-from .formats import BLOCK, OPTIONS, as_float32, code, launches, load_master, parts, store_master
+from .formats import as_float32, code, current_shape, launches, load_master, parts, store_master
 
 
 @triton.jit
@@ -105,7 +105,8 @@ def sgd_kernel(
 def adam_(
     param: Tensor, low: Tensor | None, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, factors: AdamFactors
 ) -> None:
-    for first, count, programs in launches(param.numel()):
+    shape = current_shape()
+    for first, count, programs in launches(param.numel(), shape.block):
         tensors = parts(first, param, low, exp_avg, exp_avg_sq, grad)
         adam_kernel[(programs,)](
             *tensors,
@@ -115,13 +116,13 @@ def adam_(
             GRAD=code(grad),
             HAS_DECAY=factors.decay != 0.0,
             HAS_L2=factors.l2 != 0.0,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **shape.options,
         )
 
 
 def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad: Tensor, factors: SgdFactors) -> None:
-    for first, count, programs in launches(param.numel()):
+    shape = current_shape()
+    for first, count, programs in launches(param.numel(), shape.block):
         tensors = parts(first, param, low, momentum_buffer, grad)
         sgd_kernel[(programs,)](
             *tensors,
@@ -137,8 +138,7 @@ def sgd_(param: Tensor, low: Tensor | None, momentum_buffer: Tensor | None, grad
             HAS_L2=factors.l2 != 0.0,
             NESTEROV=factors.nesterov,
             FIRST=factors.first,
-            BLOCK=BLOCK,
-            **OPTIONS,
+            **shape.options,
         )
 
 

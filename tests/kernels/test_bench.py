@@ -57,6 +57,10 @@ def test_every_kernel_has_a_row_for_each_implementation() -> None:
     implementations = {row.implementation for row in rows}
     assert implementations == {"native", "reference", "torch fused"}
     assert len(kernels.table(rows).splitlines()) == len(rows) + 1
+    (line,) = kernels.comparisons(rows)
+    speed = {(row.name, row.dtype_form, row.implementation): row.elements_per_s for row in rows}
+    ratio = speed["adamw", "split master, bf16 grad", "native"] / speed["adamw", "fp32, then bf16 copy", "torch fused"]
+    assert f": {ratio:.2f} times the elements/s of torch fused (fp32, then bf16 copy)" in line
 
 
 def test_a_difference_in_one_bit_is_seen() -> None:

@@ -13,26 +13,26 @@ from offload.kernels.optimizer import AdamScalars, SgdScalars
 N, STEPS = 20_000, 100
 
 
-def gradients(step: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 + step)
+def gradients(step: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * (1 + seed) + step)
     return torch.randn(N, generator=generator) * torch.logspace(-6, 2, N)
 
 
-def start() -> Tensor:
-    return torch.randn(N, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, -3, N)
+def start(seed: int = 0) -> Tensor:
+    return torch.randn(N, generator=torch.Generator().manual_seed(1 + seed)) * torch.logspace(0, -3, N)
 
 
-def run_torch(make: object, dtype: torch.dtype, **options: object) -> Tensor:
-    param = torch.nn.Parameter(start().to(dtype))
+def run_torch(make: object, dtype: torch.dtype, seed: int = 0, **options: object) -> Tensor:
+    param = torch.nn.Parameter(start(seed).to(dtype))
     optim = make([param], **options)  # type: ignore[operator]
     for step in range(1, STEPS + 1):
-        param.grad = gradients(step).to(dtype)
+        param.grad = gradients(step, seed).to(dtype)
         optim.step()
     return param.detach()
 
 
-def run_adam(is_split: bool, name: str, *, decoupled: bool, weight_decay: float, lr: float) -> Tensor:
-    master = start()
+def run_adam(is_split: bool, name: str, *, decoupled: bool, weight_decay: float, lr: float, seed: int = 0) -> Tensor:
+    master = start(seed)
     param, low = (master, None)
     if is_split:
         param, low = torch.empty(N, dtype=torch.bfloat16), torch.empty(N, dtype=torch.int16)
@@ -43,7 +43,7 @@ def run_adam(is_split: bool, name: str, *, decoupled: bool, weight_decay: float,
             scalars = AdamScalars(
                 lr=lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step, decoupled=decoupled
             )
-            optimizer.adam_(param, low, exp_avg, exp_avg_sq, gradients(step), scalars)
+            optimizer.adam_(param, low, exp_avg, exp_avg_sq, gradients(step, seed), scalars)
     if low is not None:
         join_(param, low, master)
     return master
@@ -66,6 +66,21 @@ def test_adam_error_is_at_most_that_of_torch_fused(is_split: bool, decoupled: bo
     ours = error(run_adam(is_split, "native", decoupled=decoupled, weight_decay=weight_decay, lr=1e-2), exact)
     assert ours[0] <= 1.05 * fused[0]
     assert ours[1] <= 1.05 * fused[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_largest_error_over_many_seeds_is_at_most_that_of_torch_fused(decoupled: bool) -> None:
+    """The largest of one seed is one element's luck, 0.9 to 1.3 times fused's; its mean over seeds is not."""
+    make = torch.optim.AdamW if decoupled else torch.optim.Adam
+    options = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    fused, ours = 0.0, 0.0
+    for seed in range(24):
+        exact = run_torch(make, torch.float64, seed, **options, foreach=False)
+        fused += (run_torch(make, torch.float32, seed, **options, fused=True).double() - exact).abs().max().item()
+        result = run_adam(False, "native", decoupled=decoupled, weight_decay=0.1, lr=1e-2, seed=seed)
+        ours += (result.double() - exact).abs().max().item()
+    assert ours <= 1.05 * fused
 
 
 @pytest.mark.parametrize("nesterov,dampening,weight_decay", [(False, 0.0, 0.0), (False, 0.5, 0.01), (True, 0.0, 0.01)])

@@ -37,6 +37,8 @@ def test_interpreter_and_gpu_give_the_bits_of_the_native_kernels(interpret: str)
         "check_gradient": 162,
         "check_projection": 72,
         "check_master": 6,
+        "check_shapes": 27,
+        "check_tuning": 1,
         "check_loss": 6,
     }
 
@@ -48,10 +50,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]
 
 
 def test_compiles_for_both_targets_without_spills(compiled: list[dict[str, object]]) -> None:
-    assert {(entry["kernel"], entry["capability"]) for entry in compiled} >= {
-        (kernel, capability)
-        for kernel in ("adamw split bf16", "adam fp32", "sgd split bf16", "adamw 8-bit moments", "projection sums")
+    shapes = ("1024 elements, 4 warps", "512 elements, 2 warps", "2048 elements, 8 warps", "2048 elements, 4 warps")
+    assert {(entry["kernel"], entry["capability"], entry["shape"]) for entry in compiled} >= {
+        (kernel, capability, shape)
+        for kernel, used in (
+            ("adamw split bf16", shapes),
+            ("adam fp32", shapes),
+            ("sgd split bf16", shapes),
+            ("adamw bf16 moments", shapes),
+            ("adamw 8-bit moments", ("own",)),
+            ("projection sums", ("own",)),
+        )
         for capability in (80, 90)
+        for shape in used
     }
     for entry in compiled:
         assert entry["spill_stores_nbytes"] == entry["spill_loads_nbytes"] == 0, entry
@@ -80,4 +91,4 @@ def test_arithmetic_rounds_as_the_definition_does(compiled: list[dict[str, objec
             seen += 1
         else:
             assert entry["loose_arithmetic"] != []  # exponentials: shows that the search finds what it looks for
-    assert seen >= 28
+    assert seen >= 88

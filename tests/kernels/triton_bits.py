@@ -19,6 +19,7 @@ from torch import Tensor
 
 from offload.kernels import dispatch, gradient, loss, master, moments, optimizer, projection
 from offload.kernels.rounding import Rounding
+from offload.kernels.triton import formats, tuning
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a bare `kernels` may be another project's package
 from bits import DTYPES, any_values, assert_same_bits, make_master
@@ -133,6 +134,59 @@ def check_master() -> int:
     return count
 
 
+def check_shapes() -> int:
+    """The shapes that tuning may choose: one call of each element-wise kernel."""
+    count = 0
+    n = LENGTHS[-1]
+    adam = optimizer.AdamScalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, decoupled=True)
+    sgd = optimizer.SgdScalars(lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.01, nesterov=True, first=False)
+    rounding = Rounding(seed=1, step=2, first_index=2**32 - 500)
+    param, low = make_master(n, 0, True, n)
+    m, v = any_values(n, torch.float32, 1), any_values(n, torch.float32, 2).abs()
+    grad, values = any_values(n, torch.bfloat16, 3), any_values(n, torch.float32, 4)
+    for shape in formats.SHAPES[1:]:
+        formats.set_shape(shape)
+        count += compare(lambda *t: optimizer.adam_(*t, adam, 0.37), param, low, m, v, grad)
+        count += compare(lambda *t: optimizer.sgd_(*t, sgd, 0.37), param, low, m, grad)
+        count += compare(
+            lambda *t: moments.adam_bf16_(*t, adam, rounding, 0.5), param, low, m.bfloat16(), v.bfloat16(), grad
+        )
+        count += compare(gradient.accumulate_, values, grad)
+        count += compare(gradient.copy_, grad, values)
+        count += compare(lambda flat: gradient.scale_(flat, 1 / 3), grad)
+        count += compare(lambda *t: projection.project_(*t, 0.3, 1.1), param, low, grad)
+        count += compare(master.split_, values, param, low)
+        count += compare(master.join_, param, low, values)
+    formats.set_shape(formats.SHAPES[0])
+    return count
+
+
+def check_tuning() -> int:
+    """The fastest shape is kept; a failure keeps the one before."""
+    elapsed = 0.0
+
+    def clock(device: torch.device) -> float:
+        nonlocal elapsed
+        elapsed += 1.0 if formats.current_shape() == formats.SHAPES[2] else 2.0
+        return elapsed
+
+    assert tuning.tune(torch.device(DEVICE), 4096, clock) == formats.SHAPES[2] == formats.current_shape()
+
+    def broken(device: torch.device) -> float:
+        raise RuntimeError("no clock")
+
+    try:
+        tuning.tune(torch.device(DEVICE), 4096, broken)
+    except RuntimeError:
+        assert formats.current_shape() == formats.SHAPES[2]
+    else:
+        raise AssertionError("the clock was not asked")
+    formats.set_shape(formats.SHAPES[0])
+    if not INTERPRETED:
+        assert tuning.tune(torch.device(DEVICE)) == formats.current_shape()
+    return 1
+
+
 def check_loss() -> int:
     """Exponentials are not correctly rounded anywhere, so here the distance to float64 is compared."""
     count = 0
@@ -159,5 +213,14 @@ def check_loss() -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # numpy reports overflows, which these inputs are made to cause
-    checks = (check_optimizer, check_moments, check_gradient, check_projection, check_master, check_loss)
+    checks = (
+        check_optimizer,
+        check_moments,
+        check_gradient,
+        check_projection,
+        check_master,
+        check_shapes,
+        check_tuning,
+        check_loss,
+    )
     print(json.dumps({check.__name__: check() for check in checks}))

@@ -1,6 +1,6 @@
 """Compiles Triton kernels ahead of time for a GPU that need not be here, and reads what came out.
 
-Run as a program in a process of its own, without TRITON_INTERPRET: prints one JSON object per (kernel, target).
+Run as a program in a process of its own, without TRITON_INTERPRET: prints one JSON object per (kernel, shape, target).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         optimizer.adam_kernel,
         "ssffs",
         "i32 " + ADAM,
-        {"IS_SPLIT": True, "GRAD": 1, "HAS_DECAY": True, "HAS_L2": False, "BLOCK": formats.BLOCK},
+        {"IS_SPLIT": True, "GRAD": 1, "HAS_DECAY": True, "HAS_L2": False},
     ),
     "adam fp32": (
         optimizer.adam_kernel,
         "f-fff",
         "i32 " + ADAM,
-        {"IS_SPLIT": False, "GRAD": 0, "HAS_DECAY": False, "HAS_L2": True, "BLOCK": formats.BLOCK},
+        {"IS_SPLIT": False, "GRAD": 0, "HAS_DECAY": False, "HAS_L2": True},
     ),
     "adamw split fp16": (
         optimizer.adam_kernel,
         "ssffh",
         "i32 " + ADAM,
-        {"IS_SPLIT": True, "GRAD": 2, "HAS_DECAY": True, "HAS_L2": False, "BLOCK": formats.BLOCK},
+        {"IS_SPLIT": True, "GRAD": 2, "HAS_DECAY": True, "HAS_L2": False},
     ),
     "sgd split bf16": (
         optimizer.sgd_kernel,
@@ -54,14 +54,13 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
             "HAS_L2": True,
             "NESTEROV": True,
             "FIRST": False,
-            "BLOCK": formats.BLOCK,
         },
     ),
     "adamw bf16 moments": (
         moments.adam_bf16_kernel,
         "sssss",
         "i32 i32 i32 i64 " + ADAM,
-        {"IS_SPLIT": True, "GRAD": 1, "HAS_DECAY": True, "HAS_L2": False, "BLOCK": formats.BLOCK},
+        {"IS_SPLIT": True, "GRAD": 1, "HAS_DECAY": True, "HAS_L2": False},
     ),
     "adamw 8-bit moments": (
         moments.adam_8bit_kernel,
@@ -73,7 +72,7 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         gradient.gather_kernel,
         "sfd",
         "i32",
-        {"TARGET": 1, "SOURCE": 0, "WRITES": True, "ADDS": False, "SUMS": False, "BLOCK": formats.BLOCK},
+        {"TARGET": 1, "SOURCE": 0, "WRITES": True, "ADDS": False, "SUMS": False},
     ),
     "accumulate and norm": (
         gradient.gather_kernel,
@@ -87,7 +86,7 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         "i32",
         {"TARGET": 2, "SOURCE": 2, "WRITES": False, "ADDS": False, "SUMS": True, "BLOCK": gradient.SUM_BLOCK},
     ),
-    "scale fp16": (gradient.scale_kernel, "h", "i32 fp32", {"CODE": 2, "BLOCK": formats.BLOCK}),
+    "scale fp16": (gradient.scale_kernel, "h", "i32 fp32", {"CODE": 2}),
     "projection sums": (
         gradient.projection_sums_kernel,
         "sssd",
@@ -98,10 +97,10 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
         gradient.project_kernel,
         "sss",
         "i32 fp32 fp32",
-        {"IS_SPLIT": True, "GRAD": 1, "BLOCK": formats.BLOCK},
+        {"IS_SPLIT": True, "GRAD": 1},
     ),
-    "split": (master.split_kernel, "fss", "i32", {"BLOCK": formats.BLOCK}),
-    "join": (master.join_kernel, "fss", "i32", {"BLOCK": formats.BLOCK}),
+    "split": (master.split_kernel, "fss", "i32", {}),
+    "join": (master.join_kernel, "fss", "i32", {}),
     "cross entropy bf16": (
         loss.cross_entropy_kernel,
         "slf",
@@ -117,9 +116,19 @@ KERNELS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 }
 
 
-def compile_kernel(name: str, capability: int) -> dict[str, object]:
+def shapes_of(name: str) -> tuple[formats.Shape | None, ...]:
+    """The shapes that an element-wise kernel may be launched with; None for a kernel that sets its own."""
+    function, _, _, constants = KERNELS[name]
+    return formats.SHAPES if "BLOCK" in function.arg_names and "BLOCK" not in constants else (None,)
+
+
+def compile_kernel(name: str, capability: int, shape: formats.Shape | None) -> dict[str, object]:
     """Registers, spills and the memory and arithmetic instructions of one kernel on one target."""
     function, pointers, scalars, constants = KERNELS[name]
+    options = loss.OPTIONS if function is loss.cross_entropy_kernel else formats.OPTIONS
+    if shape is not None:
+        options = shape.options
+        constants = constants | {"BLOCK": options.pop("BLOCK")}
     types = [POINTERS.get(letter, "constexpr") for letter in pointers] + scalars.split()
     names = function.arg_names
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
@@ -130,10 +139,11 @@ def compile_kernel(name: str, capability: int) -> dict[str, object]:
         if kind.startswith("*") or (kind == "i32" and names[i] in ("n", "stride", "vocabulary"))
     }
     source = ASTSource(function, signature, constexprs=constants, attrs=aligned)
-    options = loss.OPTIONS if function is loss.cross_entropy_kernel else formats.OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]
-    return {"kernel": name, "capability": capability, **_resources(ptx, capability), **_instructions(ptx)}
+    shape_name = "own" if shape is None else f"{shape.block} elements, {shape.num_warps} warps"
+    head = {"kernel": name, "capability": capability, "shape": shape_name}
+    return {**head, **_resources(ptx, capability), **_instructions(ptx)}
 
 
 def _resources(ptx: str, capability: int) -> dict[str, int]:
@@ -170,6 +180,7 @@ def _instructions(ptx: str) -> dict[str, object]:
 
 if __name__ == "__main__":
     for kernel_name in KERNELS:
-        for target_capability in (80, 90):
-            print(json.dumps(compile_kernel(kernel_name, target_capability)), flush=True)
+        for kernel_shape in shapes_of(kernel_name):
+            for target_capability in (80, 90):
+                print(json.dumps(compile_kernel(kernel_name, target_capability, kernel_shape)), flush=True)
     sys.exit(0)

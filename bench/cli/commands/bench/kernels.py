@@ -1,8 +1,9 @@
 """`offload bench kernels`: every kernel on flat buffers beside the machine's stream roof."""
 
 import argparse
+from dataclasses import asdict
 
-from ...arguments import add_json, check_writable, count
+from ...arguments import add_json, check_writable, count, write_json
 
 HELP = "bandwidth of every kernel and implementation against an in-place stream"
 
@@ -18,7 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
     from ....machine import describe
 
     check_writable(arguments.json)
-    for line in describe(None).lines():
+    machine = describe()
+    for line in machine.lines():
         print(f"# kernels  {line}")
-    kernels.run(arguments.quick, arguments.json, arguments.threads)
+    rows = kernels.run(arguments.quick, arguments.threads)
+    write_json(arguments.json, {"machine": machine.as_dict(), "rows": [asdict(row) for row in rows]})
     return 0
