@@ -1,17 +1,21 @@
 """The store beside fio on the same directory in the same run: sequential, random and mixed bandwidth."""
 
 import asyncio
+import itertools
 import json
 import random
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from offload.config import IO_THREADS_PER_DIRECTORY
 from offload.scheduler.hostmem import allocate_pages
 from offload.scheduler.lanes import Lanes
 from offload.scheduler.storage import DriveTuning, measure_drive, open_backend
@@ -19,10 +23,15 @@ from offload.scheduler.trace import Trace
 from offload.store import Extent, Store
 
 MIB = 1 << 20
+Move = Callable[[str, int, Tensor], Coroutine[Any, Any, None]]
 LARGE_NBYTES = 32 * MIB  # a piece of the sequential and mixed cases
 WINDOW = 4  # pieces under way at once, as a prefetch window keeps them
 SMALL_SIZES = (4 << 10, 16 << 10, 64 << 10)
-SMALL_BATCH = 2048  # pieces asked for at once in the random cases
+MAX_SMALL = 16384  # pieces of each of these sizes
+SMALL_BATCH = 1024  # pieces asked for at once in the random cases
+SMALL_WINDOW = 4  # such batches under way at once
+SCREEN_S = 0.2  # of each fio configuration; the fastest `NUM_FINALISTS` are then measured by turns with the store
+NUM_FINALISTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,42 +52,32 @@ class Case:
 
 
 def fio_engines(kind: str) -> list[list[str]]:
-    """The engines, depths and block sizes that fio may choose its best from."""
-    if kind.startswith("random"):
-        size = kind.split()[1]
-        return [
-            ["--ioengine=psync", "--numjobs=4", f"--bs={size}"],
-            *(
-                [f"--ioengine={engine}", f"--iodepth={depth}", f"--bs={size}"]
-                for engine in ("libaio", "io_uring")
-                for depth in (16, 64)
-            ),
-        ]
+    """The engines, jobs, depths and block sizes among which fio's best is sought; `kind` is "large" or "random 4k"."""
+    sizes = [kind.split()[1]] if kind.startswith("random") else ["128k", "512k", "1m", "4m", "8m"]
     return [
-        ["--ioengine=psync", "--numjobs=1", "--bs=8m"],
-        ["--ioengine=psync", "--numjobs=4", "--bs=1m"],
-        ["--ioengine=psync", "--numjobs=4", "--bs=8m"],
-        ["--ioengine=libaio", "--iodepth=4", "--bs=1m"],
-        ["--ioengine=libaio", "--iodepth=16", "--bs=128k"],
-        ["--ioengine=libaio", "--iodepth=64", "--bs=1m"],
-        ["--ioengine=io_uring", "--iodepth=16", "--bs=1m"],
+        *(["--ioengine=psync", f"--numjobs={jobs}", f"--bs={size}"] for jobs in (1, 2, 4) for size in sizes),
+        *(
+            [f"--ioengine={engine}", f"--iodepth={depth}", f"--bs={size}"]
+            for engine in ("libaio", "io_uring")
+            for depth in (1, 4, 16, 64)
+            for size in sizes
+        ),
     ]
 
 
-def fio_gb_s(path: Path, nbytes: int, mode: str, engine: list[str], seconds: float) -> float:
-    """Bandwidth of one fio run, both directions together."""
-    command = ["fio", "--name=x", f"--filename={path}", f"--size={nbytes}", "--direct=1", f"--rw={mode}"]
-    command += ["--time_based", f"--runtime={seconds}", "--group_reporting", "--thread"]
-    command += ["--output-format=json", *engine]
+def fio_gb_s(path: Path, nbytes: int, mode: str, engine: list[str], seconds: float | None) -> float:
+    """Bandwidth of one fio run, both directions together; without `seconds` once over the file."""
+    jobs = next((int(part.partition("=")[2]) for part in engine if part.startswith("--numjobs=")), 1)
+    share = nbytes // jobs  # every job its own part of the file: several that read the same bytes move them once
+    command = ["fio", "--name=x", f"--filename={path}", f"--size={share}", f"--offset_increment={share}"]
+    command += ["--direct=1", f"--rw={mode}", "--group_reporting", "--thread", "--output-format=json", *engine]
+    if seconds is not None:
+        command += ["--time_based", f"--runtime={round(seconds * 1000)}ms"]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
+    if done.returncode or "{" not in done.stdout:
         raise ValueError(f"fio failed: {(done.stderr or done.stdout).strip()[-300:]}")
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
     return (job["read"]["bw_bytes"] + job["write"]["bw_bytes"]) / 1e9
-
-
-def _num_small(nbytes: int, size: int) -> int:
-    return min(16384, nbytes // size)
 
 
 def _measured(directory: Path) -> DriveTuning:
@@ -95,25 +94,23 @@ class StoreRig:
     """A store of one large and three small extents, all pieces written once."""
 
     def __init__(self, directory: Path, nbytes: int, verify: bool) -> None:
-        self.lanes = Lanes(Trace())
+        self.lanes = Lanes(Trace(), num_io_threads=IO_THREADS_PER_DIRECTORY)
         self.large = nbytes // LARGE_NBYTES
-        small = [
-            Extent(
-                key=f"small{size}", unit=f"small{size}", kind="param", piece_nbytes=(size,) * min(16384, nbytes // size)
-            )
-            for size in SMALL_SIZES
-        ]
+        self.num_small = {size: min(MAX_SMALL, nbytes // size) for size in SMALL_SIZES}
         extents = [
             Extent(key="large", unit="large", kind="states", piece_nbytes=(LARGE_NBYTES,) * self.large),
-            *small,
+            *(
+                Extent(key=f"small{size}", unit=f"small{size}", kind="param", piece_nbytes=(size,) * num)
+                for size, num in self.num_small.items()
+            ),
         ]
         tuning = _measured(directory)
         self.chunk_nbytes, self.depth = tuning.chunk_nbytes, tuning.depth
         self.store = Store.create([directory], extents, {}, self.lanes, verify=verify, overwrite=True, tunings=[tuning])
-        self.num_small = {size: len(extent.piece_nbytes) for size, extent in zip(SMALL_SIZES, small, strict=True)}
         self.buffers = [allocate_pages(LARGE_NBYTES) for _ in range(2 * WINDOW)]
         for buffer in self.buffers:
             buffer.random_(0, 256)
+        self.small = allocate_pages(SMALL_WINDOW * SMALL_BATCH * max(SMALL_SIZES))
 
     async def fill(self) -> None:
         for piece in range(self.large):
@@ -124,30 +121,42 @@ class StoreRig:
                 await asyncio.gather(*(self.store.write(f"small{size}", i, self.buffers[1][:size]) for i in part))
 
     async def large_gb_s(self, reads: int, writes: int, seconds: float) -> float:
-        """`reads` and `writes` pieces under way at once, in the order of the file."""
+        """`reads` and `writes` pieces under way at once, in the order of the file; in different halves if both are."""
+        num = self.large // 2 if reads and writes else self.large
+
+        async def stream(call: Move, buffer: Tensor, first: int, piece: int, step: int) -> None:
+            while time.perf_counter() < end_s:
+                await call("large", first + piece % num, buffer)
+                piece += step
+
         start_s, before = time.perf_counter(), self._moved()
-        half = self.large // 2
-
-        async def stream(index: int, call: Callable[..., Coroutine[Any, Any, None]], first: int, step: int) -> None:
-            turn = 0
-            while time.perf_counter() - start_s < seconds:
-                await call(
-                    "large", first + (index + turn * step) % half, self.buffers[index if first == 0 else -1 - index]
-                )
-                turn += 1
-
-        jobs = [stream(index, self.store.read, 0, reads) for index in range(reads)]
-        jobs += [stream(index, self.store.write, half, writes) for index in range(writes)]
+        end_s = start_s + seconds
+        jobs = [stream(self.store.read, self.buffers[i], 0, i, reads) for i in range(reads)]
+        jobs += [stream(self.store.write, self.buffers[-1 - i], self.large - num, i, writes) for i in range(writes)]
         await asyncio.gather(*jobs)
         return (self._moved() - before) / (time.perf_counter() - start_s) / 1e9
 
     async def small_gb_s(self, size: int, seconds: float) -> float:
+        """`SMALL_WINDOW` batches of random pieces under way at once, drawn before the clock runs."""
         chance, num = random.Random(0), self.num_small[size]
-        buffer = allocate_pages(SMALL_BATCH * size)
-        buffers = [buffer[i * size : (i + 1) * size] for i in range(SMALL_BATCH)]
+        parts = self.small[: SMALL_WINDOW * SMALL_BATCH * size].split(size)
+        wanted = [
+            [
+                [(f"small{size}", chance.randrange(num), part) for part in parts[first : first + SMALL_BATCH]]
+                for _ in range(8)
+            ]
+            for first in range(0, len(parts), SMALL_BATCH)
+        ]
+
+        async def stream(batches: list[list[tuple[str, int, Tensor]]]) -> None:
+            for batch in itertools.cycle(batches):
+                if time.perf_counter() >= end_s:
+                    break
+                await self.store.read_many(batch)
+
         start_s, before = time.perf_counter(), self._moved()
-        while time.perf_counter() - start_s < seconds:
-            await self.store.read_many([(f"small{size}", chance.randrange(num), part) for part in buffers])
+        end_s = start_s + seconds
+        await asyncio.gather(*map(stream, wanted))
         return (self._moved() - before) / (time.perf_counter() - start_s) / 1e9
 
     def _moved(self) -> int:
@@ -158,13 +167,26 @@ class StoreRig:
         self.lanes.close()
 
 
-def compare(
-    directory: Path, *, nbytes: int = 1 << 30, seconds: float = 1.0, rounds: int = 3, verify: bool = True,
-    progress: Callable[[str], None] = print,
-) -> list[Case]:  # fmt: skip
-    """Measure everything `rounds` times, fio and the store by turns, so that both meet the same noise.
+Measure = Callable[[StoreRig, float], Coroutine[Any, Any, float]]
 
-    fio's figure is its best engine's median. Raises: ValueError without fio; OSError if the drive is full.
+# By name: fio's mode, which of its engines, the ratio to reach, and how the store is measured.
+CASES: dict[str, tuple[str, str, float, Measure]] = {
+    "sequential read": ("read", "large", 0.95, lambda rig, seconds: rig.large_gb_s(WINDOW, 0, seconds)),
+    "sequential write": ("write", "large", 0.95, lambda rig, seconds: rig.large_gb_s(0, WINDOW, seconds)),
+    "mixed": ("rw", "large", 0.90, lambda rig, seconds: rig.large_gb_s(WINDOW, WINDOW, seconds)),
+    "random 4 KiB": ("randread", "random 4k", 0.80, lambda rig, seconds: rig.small_gb_s(4 << 10, seconds)),
+    "random 16 KiB": ("randread", "random 16k", 0.80, lambda rig, seconds: rig.small_gb_s(16 << 10, seconds)),
+    "random 64 KiB": ("randread", "random 64k", 0.80, lambda rig, seconds: rig.small_gb_s(64 << 10, seconds)),
+}
+
+
+def compare(
+    directory: Path, *, nbytes: int = 1 << 30, seconds: float = 0.5, rounds: int = 5, verify: bool = True,
+    cases: Sequence[str] = tuple(CASES), progress: Callable[[str], None] = print,
+) -> list[Case]:  # fmt: skip
+    """Measure `cases`, each `rounds` times by turns with fio's finalists, so that both meet the same noise.
+
+    fio's figure is its best finalist's median. Raises: ValueError without fio; OSError if the drive is full.
     """
     if shutil.which("fio") is None:
         raise ValueError("fio is not installed; install it (Debian: apt install fio) to compare with it")
@@ -174,42 +196,32 @@ def compare(
     try:
         progress(f"the probe chose requests of {rig.chunk_nbytes >> 20} MiB, {rig.depth} in flight")
         asyncio.run(rig.fill())
-        fio_gb_s(file, nbytes, "write", ["--ioengine=psync", "--bs=8m", "--time_based=0"], 60)
-        cases = [
-            ("sequential read", "read", "large", 0.95, lambda: rig.large_gb_s(WINDOW, 0, seconds)),
-            ("sequential write", "write", "large", 0.95, lambda: rig.large_gb_s(0, WINDOW, seconds)),
-            ("mixed", "rw", "large", 0.90, lambda: rig.large_gb_s(WINDOW, WINDOW, seconds)),
-            *(
-                (f"random {size >> 10} KiB", "randread", f"random {size >> 10}k", 0.80,
-                 lambda size=size: rig.small_gb_s(size, seconds))
-                for size in SMALL_SIZES
-            ),
-        ]  # fmt: skip
-        return [
-            _case(name, target, file, nbytes, mode, fio_engines(kind), measure, seconds, rounds, progress)
-            for name, mode, kind, target, measure in cases
-        ]
+        fio_gb_s(file, nbytes, "write", ["--ioengine=psync", "--bs=8m"], None)
+        return [_case(name, rig, file, nbytes, seconds, rounds, progress) for name in cases]
     finally:
         rig.close()
         file.unlink(missing_ok=True)
 
 
 def _case(
-    name: str, target: float, file: Path, nbytes: int, mode: str, engines: list[list[str]],
-    measure: Callable[[], Coroutine[Any, Any, float]], seconds: float, rounds: int, progress: Callable[[str], None],
-) -> Case:  # fmt: skip
-    theirs: dict[int, list[float]] = {index: [] for index in range(len(engines))}
+    name: str, rig: StoreRig, file: Path, nbytes: int, seconds: float, rounds: int, progress: Callable[[str], None]
+) -> Case:
+    mode, kind, target, measure = CASES[name]
+    screened = {index: fio_gb_s(file, nbytes, mode, engine, SCREEN_S) for index, engine in enumerate(fio_engines(kind))}
+    finalists = sorted(screened, key=lambda index: -screened[index])[:NUM_FINALISTS]
+    theirs: dict[int, list[float]] = {index: [] for index in finalists}
     ours: list[float] = []
     for _ in range(rounds):
-        for index, engine in enumerate(engines):
-            theirs[index].append(fio_gb_s(file, nbytes, mode, engine, seconds))
-            ours.append(asyncio.run(measure()))
+        for index in finalists:
+            theirs[index].append(fio_gb_s(file, nbytes, mode, fio_engines(kind)[index], seconds))
+            ours.append(asyncio.run(measure(rig, seconds)))
+            rig.lanes.trace.drain()
     best = max(theirs, key=lambda index: statistics.median(theirs[index]))
     case = Case(
         name=name,
         store_gb_s=statistics.median(ours),
         fio_gb_s=statistics.median(theirs[best]),
-        fio_best=" ".join(part.removeprefix("--") for part in engines[best]),
+        fio_best=" ".join(part.removeprefix("--") for part in fio_engines(kind)[best]),
         store_spread=(min(ours), max(ours)),
         fio_spread=(min(theirs[best]), max(theirs[best])),
         target=target,

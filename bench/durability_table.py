@@ -12,12 +12,17 @@ SETTINGS = (("none", False), ("none", True), ("10", True), ("step", False), ("st
 
 @dataclass(frozen=True, kw_only=True)
 class DurabilityRow:
-    """One setting. Seconds as (p20, median, p80); `relative` is the median over that of the first setting."""
+    """One setting. Seconds as (p20, median, p80); `relative` is the median over that of the first setting.
+
+    `hash_share` is the CPU time that checksums took over the time of the same steps, measured in the hashing threads:
+    if nothing of it were hidden behind the drive and the compute, a step would be so much longer.
+    """
 
     durability: str
     verify: bool
     step_s: tuple[float, float, float]
     relative: float
+    hash_share: float
     written_per_parameter: float
 
 
@@ -28,6 +33,7 @@ def measure_durability(table: StepTable, on_case: Callable[[str], None]) -> list
     """
     case = table.cases[0]
     seconds: dict[tuple[str, bool], list[float]] = {setting: [] for setting in SETTINGS}
+    hashing: dict[tuple[str, bool], list[float]] = {setting: [] for setting in SETTINGS}
     written: dict[tuple[str, bool], float] = {}
     for round_ in range(table.rounds):
         for setting in SETTINGS:
@@ -35,6 +41,7 @@ def measure_durability(table: StepTable, on_case: Callable[[str], None]) -> list
             on_case(f"round {round_ + 1} of {table.rounds}: durability {durability}, verify {verify}")
             result = run_alone(replace(table, durability=durability, verify=verify), case)
             seconds[setting] += result.step_s
+            hashing[setting] += result.hash_s
             written[setting] = sum(result.write_nbytes) / len(result.write_nbytes) / result.num_parameters
     reference_s = float(numpy.median(seconds[SETTINGS[0]]))
     rows = []
@@ -46,6 +53,7 @@ def measure_durability(table: StepTable, on_case: Callable[[str], None]) -> list
                 verify=verify,
                 step_s=(low, middle, high),
                 relative=middle / reference_s,
+                hash_share=sum(hashing[durability, verify]) / sum(times),
                 written_per_parameter=written[(durability, verify)],
             )
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
+from offload.store.checksum import spent_s
 
 from . import text
 from .memory import peak_rss_nbytes, rss_nbytes
@@ -55,7 +56,8 @@ class StepCase:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one process saw. Lists have one entry per counted step; `read_nbytes` and `write_nbytes` are NVMe bytes."""
+    """What one process saw. Lists have one entry per counted step; `read_nbytes` and `write_nbytes` are NVMe bytes,
+    `hash_s` the CPU seconds that their checksums took."""
 
     case: str
     num_parameters: int
@@ -64,6 +66,7 @@ class StepResult:
     read_nbytes: list[int]
     write_nbytes: list[int]
     exposed_s: list[float]
+    hash_s: list[float]
     baseline_rss_nbytes: int
     peak_rss_nbytes: int
     device_peak_nbytes: int
@@ -74,10 +77,11 @@ def run(case: StepCase) -> StepResult:
     baseline_nbytes = rss_nbytes()
     torch.manual_seed(case.seed)
     model = GPT(preset(case.model, context=case.seq))
+    hashing_s: list[float] = []
     if case.case.startswith("plain"):
         infos, losses, seconds = _run_plain(case, model)
     else:
-        infos, losses, seconds = _run_engine(case, model)
+        infos, losses, seconds = _run_engine(case, model, hashing_s)
     counted = slice(case.warm_up, None)
     return StepResult(
         case=case.case,
@@ -87,6 +91,7 @@ def run(case: StepCase) -> StepResult:
         read_nbytes=[info.nbytes.get("read", 0) for info in infos[counted]],
         write_nbytes=[info.nbytes.get("write", 0) for info in infos[counted]],
         exposed_s=[sum(info.exposed_s.values()) for info in infos[counted]],
+        hash_s=hashing_s[counted],
         baseline_rss_nbytes=baseline_nbytes,
         peak_rss_nbytes=peak_rss_nbytes(),
         device_peak_nbytes=torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0,
@@ -109,7 +114,7 @@ def _run_plain(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float],
     return [], losses, seconds
 
 
-def _run_engine(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float], list[float]]:
+def _run_engine(case: StepCase, model: GPT, hashing_s: list[float]) -> tuple[list[StepInfo], list[float], list[float]]:
     infos: list[StepInfo] = []
     config = OffloadConfig(
         device=case.device,
@@ -123,9 +128,11 @@ def _run_engine(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float]
     with OffloadEngine(model, AdamW(lr=LR, weight_decay=WEIGHT_DECAY), config) as engine:
 
         def step(ids: Tensor, targets: Tensor) -> float:
+            before_s = spent_s()
             loss = engine(ids, targets)
             engine.backward(loss)
             infos.append(engine.step())
+            hashing_s.append(spent_s() - before_s)
             return loss.item()
 
         losses, seconds = _timed(case, next(engine.module.parameters()).device, step)

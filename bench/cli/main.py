@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -69,5 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def one_line(problem: BaseException) -> str:
-    """The exception's message with its line breaks made spaces; its type if it has no message."""
-    return " ".join(str(problem).split()) or type(problem).__name__
+    """The exception's message with its line breaks made spaces, in the words of the command line; its type if it has
+    no message."""
+    return _as_flags(" ".join(str(problem).split())) or type(problem).__name__
+
+
+def _as_flags(text: str) -> str:
+    """Python's arguments as the flags of `offload train`."""
+    text = re.sub(r"\b(?:OffloadConfig\()?(resume|overwrite)=True\b\)?", r"--\1", text)
+    return re.sub(r'\bdurability="(\w+)"', r"--durability \1", text)

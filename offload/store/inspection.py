@@ -18,6 +18,8 @@ from .extent import Extent
 from .folder import FOLDER_NAME, Folders, Leftover, open_folders, remove_store_files, survey
 from .genesis import Genesis
 from .layout import DATA_NAME, Layout, file_name, plan_layout, stem_of
+from .lock import LOCK_NAME
+from .tuning import DRIVE_NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +58,47 @@ def _plain(path: Path | str) -> Path:
 
 
 def find_store(directories: Sequence[Path | str]) -> tuple[tuple[Path, ...], Genesis, Leftover]:
-    """All directories of the store that one of them belongs to, its certificate, and the first folder's survey.
+    """All directories of the store that the given ones belong to, its certificate, and the first folder's survey.
 
-    Changes nothing and takes no lock. With one directory given the others are looked for where the store says they
-    are. Raises: StoreMissing, StoreCorrupt.
+    Changes nothing and takes no lock. Any of the store's directories will do, in any order; the others are looked for
+    where the store says they are. Raises: StoreMissing, StoreCorrupt; StoreError for directories of different runs.
     """
-    given = tuple(_plain(directory) for directory in directories)
-    first = given[0] / FOLDER_NAME
-    if not first.is_dir():
-        raise StoreMissing(f"{given[0]} holds no store; name the directory that the engine was given as nvme=")
-    here = survey(PosixBackend(first, direct=False))
-    if here.store is None:
-        raise StoreCorrupt(here.damage) if here.damage else StoreMissing(f"{given[0]} holds no store")
-    genesis = Genesis.of(here.store)
-    if len(given) == 1:
-        places = list(map(Path, genesis.directories))
-        places[here.store["member"]] = given[0]
-        given = tuple(places)
-    if given[0] / FOLDER_NAME != first:
-        if not (given[0] / FOLDER_NAME).is_dir():
-            raise StoreMissing(f"the store's first directory {given[0]} is not there; name all directories in order")
-        here = survey(PosixBackend(given[0] / FOLDER_NAME, direct=False))
-    return given, genesis, here
+    members: dict[int, Path] = {}
+    genesis: Genesis | None = None
+    for directory in map(_plain, directories):
+        if not (directory / FOLDER_NAME).is_dir():
+            raise StoreMissing(f"{directory} holds no store; name the directory that the engine was given as nvme=")
+        here = _look_at(directory)
+        if here.store is None:
+            raise StoreCorrupt(here.damage) if here.damage else StoreMissing(f"{directory} holds no store")
+        found, member = Genesis.of(here.store), here.store["member"]
+        if genesis is not None and (found.store_id != genesis.store_id or members.get(member, directory) != directory):
+            other = members.get(member, next(iter(members.values())))
+            raise StoreError(
+                f"{other} holds part of store {genesis.store_id}, {directory} part {member} of store {found.store_id}: "
+                f"they are not the parts of one store; name the directories of one run at a time"
+            )
+        genesis = found
+        members[member] = directory
+    if genesis is None:
+        raise StoreError("no directory was given; name the one that the engine was given as nvme=")
+    places = tuple(members.get(number, Path(path)) for number, path in enumerate(genesis.directories))
+    if not (places[0] / FOLDER_NAME).is_dir():
+        raise StoreMissing(f"the store's first directory {places[0]} is not there; name all of its directories")
+    return places, genesis, _look_at(places[0])
+
+
+def _look_at(directory: Path) -> Leftover:
+    return survey(PosixBackend(directory / FOLDER_NAME, direct=False))
+
+
+def by_store(directories: Sequence[Path | str]) -> list[list[Path]]:
+    """The directories, those of one store together; one that names no store stays alone."""
+    groups: dict[str, list[Path]] = {}
+    for directory in map(_plain, directories):
+        body = _look_at(directory).store if (directory / FOLDER_NAME).is_dir() else None
+        groups.setdefault(str(directory) if body is None else body["id"], []).append(directory)
+    return list(groups.values())
 
 
 def inspect_store(directories: Sequence[Path | str]) -> Inspection:
@@ -206,19 +227,20 @@ def list_garbage(directory: Path | str, *, resumable_too: bool = False) -> Garba
     """What a dead run left in one directory. Nothing is changed.
 
     A store that can be resumed, or is damaged, is listed only with `resumable_too`; of one that is kept, only
-    temporary files and data files that it does not name are. Raises: StoreMissing; StoreBusy if an engine is alive.
+    temporary files and data files that it does not name are. What was measured of the drive stays.
+    Raises: StoreMissing; StoreBusy if an engine is alive.
     """
     path = _plain(directory)
     if not (path / FOLDER_NAME).is_dir():
         raise StoreMissing(f"{path} holds no store folder; name the directory that the engine was given as nvme=")
     folders = open_folders([path], None, make=False)
     try:
-        return _garbage(survey(folders.backends[0]), resumable_too=resumable_too)
+        return _garbage(survey(folders.backends[0]), folders.lock_was_there[0], resumable_too=resumable_too)
     finally:
-        folders.release()
+        folders.undo()
 
 
-def _garbage(left: Leftover, *, resumable_too: bool) -> Garbage:
+def _garbage(left: Leftover, lock_was_there: bool, *, resumable_too: bool) -> Garbage:
     ours = [name for name in left.names if DATA_NAME.match(name) or name.endswith((TEMPORARY_SUFFIX, ".json"))]
     ours += [name for name in left.names if name.startswith(".probe-")]
     if left.resumable and not resumable_too:
@@ -232,8 +254,10 @@ def _garbage(left: Leftover, *, resumable_too: bool) -> Garbage:
         names = [name for name in ours if name not in named and not name.endswith(".json")]
         why = "temporary files and data that the store does not name; the store itself can be resumed and is kept"
     else:
-        names = [name for name in ours if name != "drive.json"]
+        names = [name for name in ours if name != DRIVE_NAME] + [LOCK_NAME] * lock_was_there
         why = "a store that can be resumed" if left.resumable else "a store that can never be resumed"
+        if not left.is_store:
+            why = "what a store left that is gone"
     nbytes = sum((left.root / name).stat().st_blocks * 512 for name in names)
     return Garbage(root=left.root, names=tuple(sorted(names)), nbytes=nbytes, why=why if names else "nothing")
 
@@ -247,5 +271,6 @@ def delete_garbage(garbage: Garbage) -> None:
         if gone:
             raise StoreError(f"{garbage.root} has changed since it was listed ({gone[0]} is gone); list it again")
         remove_store_files(backend, garbage.names)
+        folders.locks[0].release(remove=LOCK_NAME in garbage.names)
     finally:
-        folders.release()
+        folders.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from .gather import Gather, PieceTable
 from .layout import Layout, Segment, file_name, stem_of
 from .plan import ReadPlan
 
+Transfer = Callable[[StorageFile, memoryview, int], int]
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -39,14 +41,21 @@ class Traffic:
     num_retries: int = 0
 
 
-def _read_job(gate: Gate, file: StorageFile, view: memoryview, offset: int) -> int:
-    with gate:
-        return read_fully(file, view, offset)
+def _job(
+    gate: Gate, transfer: Transfer, file: StorageFile, view: memoryview, offset: int, chunk_nbytes: int, hashed: bool
+) -> tuple[int, bytes]:
+    """Move `view` request by request and hash each one's bytes while they are near; other threads use the drive then.
 
-
-def _write_job(gate: Gate, file: StorageFile, view: memoryview, offset: int) -> int:
+    Returns: how many requests had to be retried, and the block digests (empty without hashing).
+    """
+    num_retries, digests = 0, []
     with gate:
-        return write_fully(file, view, offset)
+        for start in range(0, len(view), chunk_nbytes):
+            part = view[start : start + chunk_nbytes]
+            num_retries += transfer(file, part, offset + start)
+            if hashed:
+                digests.append(block_digests(part))
+    return num_retries, b"".join(digests)
 
 
 def _batch_job(gate: Gate, batch: ReadBatch, hashed: bool) -> tuple[int, list[Any]]:
@@ -63,7 +72,7 @@ class Mover:
 
     def __init__(
         self, layout: Layout, backends: Sequence[Backend], tunings: Sequence[DriveTuning], lanes: Lanes, *,
-        gate: Gate, max_in_flight_nbytes: int, hash_reads: bool, hash_writes: bool,
+        gate: Gate, max_in_flight_nbytes: int, stall_s: float | None, hash_reads: bool, hash_writes: bool,
     ) -> None:  # fmt: skip
         self._layout = layout
         self._backends = backends
@@ -75,7 +84,7 @@ class Mover:
         self._files_lock = threading.Lock()
         self._tables: dict[str, PieceTable] = {}
         self._sizes: dict[str, np.ndarray] = {}
-        self._chunk_nbytes = [tuning.chunk_nbytes for tuning in tunings]
+        self._tunings = list(tunings)
         # Each drive gets its share of the lane's threads, so that a slow drive cannot take all of them.
         threads = max(1, lanes.read.num_threads // len(backends))
         # One request more than the best depth: while one is handed from thread to thread the drive has the others.
@@ -86,6 +95,7 @@ class Mover:
                 depth=2 * tuning.depth,
                 lane_depth=min(threads, tuning.depth + 1),
                 max_in_flight_nbytes=max_in_flight_nbytes,
+                stall_s=stall_s,
             )
             for backend, tuning in zip(backends, tunings, strict=True)
         ]
@@ -117,13 +127,15 @@ class Mover:
 
     async def read(self, extent: Extent, piece: int, slot: int, view: memoryview, needed: int) -> str | None:
         """Fill `view`; returns the checksum of what came, None if hashing is off. Raises: OffloadIOError."""
-        checksum = await self._move(self._lanes.read, _read_job, self._hash_reads, extent, piece, slot, view, needed)
+        checksum = await self._move(self._lanes.read, read_fully, self._hash_reads, extent, piece, slot, view, needed)
         self.traffic.read_nbytes += len(view)
         return checksum
 
     async def write(self, extent: Extent, piece: int, slot: int, view: memoryview, needed: int) -> str | None:
         """Write `view`; returns its checksum, None if hashing is off. Raises: OffloadIOError."""
-        checksum = await self._move(self._lanes.write, _write_job, self._hash_writes, extent, piece, slot, view, needed)
+        checksum = await self._move(
+            self._lanes.write, write_fully, self._hash_writes, extent, piece, slot, view, needed
+        )
         self.traffic.written_nbytes += len(view)
         return checksum
 
@@ -184,7 +196,10 @@ class Mover:
     def _file_of(self, extent: Extent, directory: int, slot: int) -> StorageFile:
         return self.file(directory, file_name(stem_of(extent.unit), slot, extent.scratch))
 
-    async def _move(self, lane: Lane, job, hashed, extent, piece, slot, view, needed) -> str | None:  # type: ignore[no-untyped-def]
+    async def _move(
+        self, lane: Lane, transfer: Transfer, hashed: bool, extent: Extent, piece: int, slot: int, view: memoryview,
+        needed: int,
+    ) -> str | None:  # fmt: skip
         name = file_name(stem_of(extent.unit), slot, extent.scratch)
         cuts = [cut for run in self._layout.segments[extent.key][piece] for cut in self._cut(run)]
         label = f"{lane.name} {extent.key}[{piece}]"
@@ -192,8 +207,8 @@ class Mover:
         async def one(cut: Segment) -> tuple[int, bytes]:
             part = view if len(cuts) == 1 else view[cut.piece_offset : cut.piece_offset + cut.nbytes]
             return await self.queues[cut.directory].run(
-                lane, job, self._gate, self.file(cut.directory, name), part, cut.offset,
-                after=lambda num_retries: (num_retries, block_digests(part) if hashed else b""),
+                lane, _job, self._gate, transfer, self.file(cut.directory, name), part, cut.offset,
+                self._tunings[cut.directory].chunk_nbytes, hashed,
                 unit=extent.unit, kind=extent.kind, nbytes=cut.nbytes, needed=needed,
                 label=f"{label} {name} at {cut.offset}",
             )  # fmt: skip
@@ -210,10 +225,10 @@ class Mover:
         return piece_checksum([digests for _, digests in results]) if hashed else None
 
     def _cut(self, run: Segment) -> list[Segment]:
-        chunk = self._chunk_nbytes[run.directory]
+        size = self._tunings[run.directory].job_nbytes(run.nbytes)
         return [
-            Segment(run.directory, run.offset + start, run.piece_offset + start, min(chunk, run.nbytes - start))
-            for start in range(0, run.nbytes, chunk)
+            Segment(run.directory, run.offset + start, run.piece_offset + start, min(size, run.nbytes - start))
+            for start in range(0, run.nbytes, size)
         ]
 
     def close_files(self) -> None:

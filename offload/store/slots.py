@@ -83,6 +83,17 @@ class ExtentSlots:
         if committed is not None:
             self.committed = committed
 
+    def revert(self) -> None:
+        """Forget what was written since the last commit: the committed bytes are the newest again.
+
+        Raises: StoreError if nothing was committed, or a commit is under way. No write may be in flight.
+        """
+        if self.num_slots == 1 or self.committed is None or self.sealed:
+            raise StoreError(f"{self.extent.key} has no committed step to go back to, or is being committed")
+        self.newest = [self.committed] * len(self.newest)
+        self.written_in_step.clear()
+        self.dirty = False
+
     def restore(self, slot: int, checksums: Sequence[str | None]) -> None:
         """Take over what a manifest says: `slot` holds the committed bytes with these checksums."""
         self.committed = slot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from .tuning import shares_of, tunings_for
 log = logging.getLogger(__name__)
 
 DEFAULT_IN_FLIGHT_NBYTES = 256 << 20
+DEFAULT_STALL_S = 120.0  # the kernel gives up on an NVMe request after 30 s and repeats it before it says so
 
 
 class Store:
@@ -43,7 +44,8 @@ class Store:
     Guarantees:
         - a read returns the newest bytes written in this process, or raises;
         - with durability other than "none", what lies on the drives is at every moment exactly one committed step;
-        - no call waits for something that has no end but a drive that never answers, and `statistics` names that.
+        - no call waits for something that has no end, but for its own request to a drive that never answers: its buffer
+          belongs to the drive until then. `statistics` and the log name the request, whatever waits behind it fails.
 
     Attributes: directories, durability, direct (O_DIRECT in use), read_nbytes, written_nbytes, step (last durable
     step or None), extra (what was committed with the step this store was re-opened at).
@@ -51,7 +53,7 @@ class Store:
 
     def __init__(
         self, folders: Folders, genesis: Genesis, layout: Layout, lanes: Lanes, *, verify: bool,
-        tunings: Sequence[DriveTuning], max_in_flight_nbytes: int, rated_nbytes: int | None,
+        tunings: Sequence[DriveTuning], max_in_flight_nbytes: int, stall_s: float | None, rated_nbytes: int | None,
         manifest: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.directories = folders.directories
@@ -66,7 +68,7 @@ class Store:
             self._slots[key].restore(entry["slot"], entry["checksums"])
         self._mover = Mover(
             layout, folders.backends, tunings, lanes, gate=self._gate, max_in_flight_nbytes=max_in_flight_nbytes,
-            hash_reads=verify, hash_writes=verify or genesis.every is not None,
+            stall_s=stall_s, hash_reads=verify, hash_writes=verify or genesis.every is not None,
         )  # fmt: skip
         self._endurance = EnduranceAccount(rated_nbytes, manifest["endurance"] if manifest else None)
         self._committer = Committer(
@@ -95,6 +97,7 @@ class Store:
         overwrite: bool = False,
         tunings: Sequence[DriveTuning] | None = None,
         max_in_flight_nbytes: int = DEFAULT_IN_FLIGHT_NBYTES,
+        stall_s: float | None = DEFAULT_STALL_S,
         rated_nbytes: int | None = None,
     ) -> Store:
         """Check, lock and prove the directories, and reserve all space. Blocks; called on the training thread.
@@ -111,6 +114,8 @@ class Store:
             overwrite: discard a dead run's store even if it could be resumed.
             tunings: chunk size, depth and bandwidth of each directory; None takes what was measured, or defaults.
             max_in_flight_nbytes: bound on the bytes in flight per directory.
+            stall_s: when a request has been with the drive for so long, those that wait for their turn behind it raise
+                DriveStalled; None waits for ever.
             rated_nbytes: rated endurance of the drives together, for the wear account.
 
         A dead run's store that cannot be resumed is replaced. On any failure nothing half-made is left.
@@ -130,7 +135,7 @@ class Store:
             with make_files(folders.backends, layout, genesis):
                 return cls(
                     folders, genesis, layout, lanes, verify=verify, tunings=chosen,
-                    max_in_flight_nbytes=max_in_flight_nbytes, rated_nbytes=rated_nbytes,
+                    max_in_flight_nbytes=max_in_flight_nbytes, stall_s=stall_s, rated_nbytes=rated_nbytes,
                 )  # fmt: skip
         except BaseException:
             folders.undo()
@@ -148,6 +153,7 @@ class Store:
         backend: Callable[[Path], Backend] | None = None,
         tunings: Sequence[DriveTuning] | None = None,
         max_in_flight_nbytes: int = DEFAULT_IN_FLIGHT_NBYTES,
+        stall_s: float | None = DEFAULT_STALL_S,
         rated_nbytes: int | None = None,
     ) -> Store:
         """Open what a run that has ended left behind, at exactly its last committed step. Blocks.
@@ -165,7 +171,7 @@ class Store:
             return cls(
                 folders, genesis, layout, lanes, verify=verify, manifest=manifest,
                 tunings=tunings_for(folders.backends, tunings, 0), max_in_flight_nbytes=max_in_flight_nbytes,
-                rated_nbytes=rated_nbytes,
+                stall_s=stall_s, rated_nbytes=rated_nbytes,
             )  # fmt: skip
         except BaseException:
             folders.undo()
@@ -236,6 +242,15 @@ class Store:
         """
         self._enter()
         return await self._committer.commit(step, extra or {}, force=force)
+
+    def revert(self, keys: Collection[str]) -> None:
+        """Forget what was written to these extents since the last commit; reads give the committed bytes again.
+
+        On the event loop, while nothing is written to them. Nothing moves: the other slot still holds that step.
+        Raises: StoreError if an extent was never committed, or keeps one slot only.
+        """
+        for key in keys:
+            self._extent(key).revert()
 
     def _enter(self) -> None:
         self._gate.check()

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 DRIVE_NAME = "drive.json"
 NUM_SHARES = 64  # shares are whole numbers that add up to about this
 WORTH_PROBING_NBYTES = 1 << 30  # a probe moves about as much: for a smaller store it costs more than it saves
-PROBE_S = 2.0
+PROBE_S = 3.0
 
 
 def tunings_for(

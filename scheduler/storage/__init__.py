@@ -3,7 +3,7 @@
 from .backend import ALIGN_NBYTES, Backend, StorageFile
 from .batch import ReadBatch, read_batch
 from .drive import DriveTuning, file_system
-from .errors import NoSpace, OffloadIOError
+from .errors import DriveStalled, NoSpace, OffloadIOError
 from .faults import Fault, FaultyBackend
 from .files import PosixBackend, PosixFile, address_of, ensure_descriptors, open_backend, prove, view_of
 from .memory import MemoryBackend
@@ -22,6 +22,7 @@ __all__ = [
     "NUM_RETRIES",
     "Backend",
     "DriveQueue",
+    "DriveStalled",
     "DriveTuning",
     "Fault",
     "FaultyBackend",

@@ -22,7 +22,7 @@ from .backend import ALIGN_NBYTES, StorageFile
 from .files import PosixFile
 from .transfer import read_fully
 
-DEPTH = 128
+DEPTH = 256
 _CALLS = {"x86_64": (206, 207, 208, 209), "aarch64": (0, 1, 4, 2)}  # io_setup, io_destroy, io_getevents, io_submit
 _OPCODE_READ = 0
 _REQUEST = np.dtype(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
+MAX_JOB_NBYTES = 8 * MIB  # what one thread moves without looking back at the queue
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "zfs", "bcachefs", "overlay"})
 
@@ -17,7 +18,7 @@ class DriveTuning:
 
     Attributes:
         chunk_nbytes: larger transfers are cut into requests of this size; a multiple of 1 MiB.
-        depth: requests in flight at once in each direction.
+        depth: requests in flight at once in each direction, a thread for each.
         read_gb_s, write_gb_s: measured bandwidth in 1e9 bytes per second, None if not measured.
     """
 
@@ -31,6 +32,15 @@ class DriveTuning:
             raise ValueError(
                 f"chunk_nbytes {self.chunk_nbytes} must be a positive multiple of {MIB} and depth {self.depth} >= 1"
             )
+
+    def job_nbytes(self, nbytes: int) -> int:
+        """Length of the jobs that a transfer of `nbytes` is cut into; a thread moves one job, request by request.
+
+        One job for each of `depth` threads, of whole requests and within `MAX_JOB_NBYTES`: fewer and longer than
+        requests, because each job costs the loop and the threads a fifth of a millisecond.
+        """
+        num_requests = -(-nbytes // (self.depth * self.chunk_nbytes))
+        return self.chunk_nbytes * max(1, min(num_requests, MAX_JOB_NBYTES // self.chunk_nbytes))
 
 
 def file_system(path: Path) -> str:

@@ -16,6 +16,9 @@ _MENDS = {
     errno.ENODEV: "the drive has disappeared: look at the kernel log",
     errno.EINVAL: "the file system refused the request's alignment: use the buffered backend",
 }
+_STALLED_MEND = (
+    "Look at the kernel log for this drive; if it is only slow, give the store a larger stall_s, or None to wait"
+)
 
 
 class OffloadIOError(OSError):
@@ -58,4 +61,19 @@ class NoSpace(OffloadIOError):
             errno.ENOSPC,
             what=f"cannot reserve {needed_nbytes} bytes, {free_nbytes} bytes are free",
             mend=f"free {max(0, needed_nbytes - free_nbytes)} bytes more, or name a directory on a larger drive",
+        )
+
+
+class DriveStalled(OffloadIOError):
+    """A drive has not answered a request for so long that what waits behind it gives up.
+
+    Attributes: oldest (the request), age_s (how long the drive has had it). Its own buffer stays the drive's.
+    """
+
+    def __init__(self, path: Path | str, oldest: str, age_s: float, nbytes: int, state: str) -> None:
+        self.oldest = oldest
+        self.age_s = age_s
+        super().__init__(path, 0, nbytes, errno.ETIMEDOUT, what="the drive does not answer", mend=_STALLED_MEND)
+        self.strerror = (
+            f"{path} has not answered for {age_s:.1f} s ({oldest}, {nbytes} bytes); {state}. {_STALLED_MEND}"
         )

@@ -19,8 +19,10 @@ from .transfer import read_fully, write_fully
 
 PROBE_NAME = ".probe-speed"
 FILE_NBYTES = 256 * MIB
-CHUNKS = (MIB, 4 * MIB, 8 * MIB)
-DEPTHS = (1, 2, 4, 8)
+CHUNKS = (MIB, 2 * MIB, 4 * MIB)
+DEPTHS = (4, 8)  # with fewer in flight a drive idles whenever a thread is late, and a short measurement may miss that
+NUM_ROUNDS = 3  # every candidate is measured so often, by turns: a shared drive's speed changes from second to second
+TOLERANCE = 0.1  # more than the noise of a short measurement; and the store hashes small requests while they are near
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +71,17 @@ def measure_drive(
     try:
         progress(f"writing {file_nbytes / MIB:.0f} MiB")
         fill(file, file_nbytes)
-        slot_s = seconds / (2 * len(CHUNKS) * len(DEPTHS) + 2)
-        rates = {}
-        for chunk_nbytes in CHUNKS:
-            for depth in DEPTHS:
-                rates[chunk_nbytes, depth] = tuple(
+        candidates = [(chunk_nbytes, depth) for chunk_nbytes in CHUNKS for depth in DEPTHS]
+        slot_s = seconds / (2 * NUM_ROUNDS * len(candidates) + 2)
+        seen: dict[tuple[int, int], list[tuple[float, float]]] = {place: [] for place in candidates}
+        for _ in range(NUM_ROUNDS):
+            for chunk_nbytes, depth in candidates:
+                read, write = (
                     rate(file, file_nbytes, chunk_nbytes, reads=depth * (1 - way), writes=depth * way, seconds=slot_s)
                     for way in (0, 1)
                 )
+                seen[chunk_nbytes, depth].append((read, write))
+        rates = {place: tuple(map(statistics.median, zip(*pairs, strict=True))) for place, pairs in seen.items()}
         chunk_nbytes, depth = best(rates)
         read_gb_s, write_gb_s = rates[chunk_nbytes, depth]
         half = max(1, depth // 2)
@@ -103,15 +108,15 @@ def measure_drive(
 def best(rates: dict[tuple[int, int], tuple[float, ...]]) -> tuple[int, int]:
     """The (chunk, depth) whose combined rate 2 / (1/read + 1/write) is highest.
 
-    Within 3 % of the best the smaller chunk and then the smaller depth win: what is in flight must end before anything
-    more urgent can start.
+    Within `TOLERANCE` of the best the smaller chunk and then the smaller depth win: what is in flight must end before
+    anything more urgent can start.
     """
 
     def combined(place: tuple[int, int]) -> float:
         return 2 / sum(1 / max(speed, 1e-9) for speed in rates[place])
 
     top = max(map(combined, rates))
-    return min(place for place in rates if combined(place) >= 0.97 * top)
+    return min(place for place in rates if combined(place) >= (1 - TOLERANCE) * top)
 
 
 def fill(file: StorageFile, file_nbytes: int) -> None:
@@ -127,7 +132,7 @@ def rate(
     file: StorageFile, file_nbytes: int, chunk_nbytes: int, *, reads: int, writes: int, seconds: float,
     in_order: bool = True, clock: Callable[[], float] = time.perf_counter,
 ) -> float:  # fmt: skip
-    """Bandwidth in GB/s of `reads` reading and `writes` writing threads for `seconds`."""
+    """Bandwidth in GB/s of `reads` reading and `writes` writing threads for `seconds`, at least one request each."""
     num_chunks = file_nbytes // chunk_nbytes
     start, moved, lock = threading.Barrier(reads + writes + 1), [0], threading.Lock()
     end_s = [0.0]
@@ -137,7 +142,7 @@ def rate(
         buffer[:] = random.Random(index).randbytes(min(chunk_nbytes, MIB)) * max(1, chunk_nbytes // MIB)
         chance, place, done = random.Random(index), index * num_chunks // max(1, reads + writes), 0
         start.wait()
-        while clock() < end_s[0]:
+        while not done or clock() < end_s[0]:  # a thread that a busy machine starts late still measures something
             place = (place + 1) % num_chunks if in_order else chance.randrange(num_chunks)
             transfer(file, buffer, place * chunk_nbytes)
             done += chunk_nbytes

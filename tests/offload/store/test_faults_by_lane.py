@@ -2,13 +2,22 @@
 
 import asyncio
 import errno
+import os
 import sys
 import threading
 
 import pytest
 import torch
 
-from offload.scheduler.storage import NUM_RETRIES, DriveTuning, Fault, FaultyBackend, OffloadIOError, PosixBackend
+from offload.scheduler.storage import (
+    NUM_RETRIES,
+    DriveStalled,
+    DriveTuning,
+    Fault,
+    FaultyBackend,
+    OffloadIOError,
+    PosixBackend,
+)
 from offload.store import Store, StoreClosed
 
 LANES = ["read", "write"]
@@ -79,6 +88,27 @@ def test_lasting_eio_names_path_offset_and_parameters(rig, lane):
     rig.intact()
 
 
+@pytest.mark.parametrize("fault", ["EIO", "cut short"])
+def test_a_failure_inside_a_batch_names_its_piece(rig, tmp_path, kit, make, fault):
+    members = kit.extents(3, (kit.PAGE,) * 50)
+    plain = {"EIO": lambda root: FaultyBackend(PosixBackend(root, direct=False)), "cut short": None}
+    store = make(members, [tmp_path / "batch"], durability="step", backend=plain[fault])
+    kit.run(kit.write_step(store, members, 1))
+    wanted = [(f"blocks.{i % 3}/param", i // 3, kit.allocate(kit.PAGE)) for i in range(150)]
+    if fault == "EIO":
+        broken = Fault(operation="read", number=errno.EIO, name="blocks.1", skip=20, times=NUM_RETRIES + 1)
+        store._folders.backends[0].faults.append(broken)
+    else:
+        path = tmp_path / "batch" / "offload-store" / "unit-blocks.1.slot0"
+        os.truncate(path, 20 * kit.PAGE)
+        wanted = wanted[:63]  # the 21st piece of blocks.1 is the first that is not there any more
+    with pytest.raises(OffloadIOError) as caught:
+        kit.run(store.read_many(wanted))
+    assert (caught.value.path.name, caught.value.offset) == ("unit-blocks.1.slot0", 20 * kit.PAGE)
+    assert "while read moved piece 20 of 50 of blocks.1/param (parameters blocks.1.weight" in caught.value.__notes__[0]
+    assert store.statistics().in_flight_nbytes == 0
+
+
 @pytest.mark.parametrize("lane", LANES)
 @pytest.mark.parametrize("limit", [512, 4096, 100_000])
 def test_short_transfers_change_nothing(rig, lane, limit):
@@ -109,6 +139,33 @@ def test_a_stalled_request_holds_up_only_itself_and_is_named(rig, lane):
         assert not stuck.done()
         stall.set()
         await stuck
+
+    rig.run(body())
+    rig.intact()
+
+
+@pytest.mark.parametrize("lane", LANES)
+def test_what_waits_behind_a_drive_that_never_answers_is_told(rig, lane):
+    """All places of the lane are taken by requests that do not end; their buffers stay theirs until they do."""
+    queue, stall = rig.store._mover.queues[0], threading.Event()
+    queue.stall_s, queue.lane_depth = 0.05, 1
+    fault = Fault(operation=lane, name="blocks.0", stall=stall)
+    rig.faults.append(fault)
+
+    async def body():
+        stuck = asyncio.ensure_future(touch(rig, lane))
+        while not fault.reached.is_set():  # noqa: ASYNC110 - the fault is hit in another thread
+            await asyncio.sleep(0.001)
+        with pytest.raises(DriveStalled, match=f"{lane} blocks.0/states") as caught:
+            await touch(rig, lane, "blocks.1/states")
+        assert caught.value.age_s >= 0.05
+        assert "blocks.1.weight" in "".join(caught.value.__notes__)
+        assert not stuck.done()
+        stall.set()
+        with pytest.raises(DriveStalled):  # its second request waited as well
+            await stuck
+        assert rig.store.statistics().in_flight_nbytes == 0
+        await touch(rig, lane)
 
     rig.run(body())
     rig.intact()

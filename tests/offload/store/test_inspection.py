@@ -1,13 +1,15 @@
 """`offload store inspect | verify | gc` and `offload probe`: what they say is true, they touch only what they say."""
 
 import json
+import shutil
 
 import pytest
 
 from offload.bench.cli import main
+from offload.bench.cli.main import one_line
 from offload.scheduler.storage import PosixBackend, ProbeReport
 from offload.scheduler.storage.probe import best, measure_drive
-from offload.store import NotResumable, Store, StoreBusy, StoreError, StoreMissing
+from offload.store import NotResumable, Store, StoreBusy, StoreError, StoreExists, StoreMissing
 from offload.store.inspection import delete_garbage, inspect_store, list_garbage, verify_store
 from offload.store.tuning import load_tuning, shares_of
 
@@ -72,6 +74,37 @@ def test_verify_finds_every_damaged_piece_and_counts_its_bytes(committed, capsys
     assert "damaged in 3 places" in capsys.readouterr().out
 
 
+def test_the_directories_of_one_store_may_be_given_in_any_order_and_number(committed):
+    first, second = committed.places
+    assert inspect_store([second, first]).directories == (first, second)
+    assert verify_store([second, first]) == []
+    with pytest.raises(StoreError, match="no directory"):
+        inspect_store([])
+
+
+def test_several_runs_are_verified_each_for_itself(committed, make, kit, capsys, tmp_path):
+    other = make(kit.extents(1), [tmp_path / "c"], durability="step")
+    kit.run(kit.write_step(other, kit.extents(1), 9))
+    other.close()
+    first, second, third = map(str, (*committed.places, tmp_path / "c"))
+    for check in (verify_store, inspect_store):
+        with pytest.raises(StoreError, match="not the parts of one store; name the directories of one run at a time"):
+            check([first, third])
+    assert main(["store", "verify", first, third, second]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{first}: step 3 is whole", f"{third}: step 9 is whole"]
+    with open(tmp_path / "c" / "offload-store" / "unit-blocks.0.slot0", "r+b") as file:
+        file.write(b"\xff" * 10)
+    assert main(["store", "verify", first, third]) == 1
+    assert f"{third}: step 9 is damaged in 1 places" in capsys.readouterr().out
+    assert main(["store", "verify", first, str(tmp_path / "nothing")]) == 2
+
+
+def test_two_copies_of_one_part_are_not_a_store(committed, tmp_path):
+    shutil.copytree(committed.places[0], tmp_path / "copy")
+    with pytest.raises(StoreError, match="not the parts of one store"):
+        verify_store([committed.places[0], tmp_path / "copy"])
+
+
 def test_verify_of_what_never_committed_says_so(make, kit, tmp_path):
     make(kit.extents(1), durability="step").close()
     with pytest.raises(NotResumable, match="nothing to verify"):
@@ -103,7 +136,7 @@ def test_gc_takes_a_resumable_store_only_when_told_twice(committed, capsys):
     assert names(committed.places[0]) == before
     assert "nothing was deleted, add --delete" in capsys.readouterr().out
     assert main(["store", "gc", place, str(committed.places[1]), "--resumable-too", "--delete"]) == 0
-    assert names(committed.places[0]) == names(committed.places[1]) == ["lock"]
+    assert names(committed.places[0]) == names(committed.places[1]) == []
 
 
 def test_gc_takes_a_dead_store_and_leaves_what_is_not_ours(make, kit, tmp_path):
@@ -115,9 +148,23 @@ def test_gc_takes_a_dead_store_and_leaves_what_is_not_ours(make, kit, tmp_path):
     (root / "notes.txt").write_text("mine")
     garbage = list_garbage(tmp_path / "nvme")
     assert garbage.why == "a store that can never be resumed"
-    assert set(garbage.names) == {"store.json", "unit-blocks.0.scratch", "unit-blocks.0.slot0"}
+    assert set(garbage.names) == {"lock", "store.json", "unit-blocks.0.scratch", "unit-blocks.0.slot0"}
     delete_garbage(garbage)
-    assert names(tmp_path / "nvme") == ["lock", "notes.txt"]
+    assert names(tmp_path / "nvme") == ["notes.txt"]
+
+
+def test_gc_makes_no_lock_of_its_own_and_takes_a_lone_one(tmp_path):
+    root = tmp_path / "nvme" / "offload-store"
+    root.mkdir(parents=True)
+    assert list_garbage(tmp_path / "nvme").names == ()
+    (root / "drive.json").write_text("{")
+    (root / "lock").write_text("1\n")
+    garbage = list_garbage(tmp_path / "nvme")
+    assert (garbage.names, garbage.why) == (("lock",), "what a store left that is gone")
+    assert names(tmp_path / "nvme") == ["drive.json", "lock"]
+    delete_garbage(garbage)
+    assert names(tmp_path / "nvme") == ["drive.json"]
+    assert list_garbage(tmp_path / "nvme").names == ()
 
 
 def test_gc_deletes_nothing_if_the_folder_changed_since_the_listing(make, kit, tmp_path):
@@ -140,6 +187,16 @@ def test_the_command_line_prints_tables_and_one_line_errors(committed, capsys, t
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_the_command_line_names_its_own_flags(committed, make, kit, tmp_path):
+    with pytest.raises(StoreExists) as refused:
+        make(kit.extents(1), committed.places, durability="step")
+    assert "resume=True" in str(refused.value) and "overwrite=True" in str(refused.value)
+    shown = one_line(refused.value)
+    assert "Continue it with --resume, discard it with --overwrite, or name another" in shown and "=True" not in shown
+    assert one_line(ValueError("go on with OffloadConfig(resume=True)")) == "go on with --resume"
+    assert one_line(ValueError('written with durability="none":')) == "written with --durability none:"
+
+
 def report(**facts):
     plain = {"path": "p", "file_system": "ext4", "direct": True, "align_nbytes": 512, "free_nbytes": 1,
              "read_gb_s": 3.0, "write_gb_s": 1.5, "mixed_gb_s": 2.0, "read_latency_s": 1e-4, "flush_s": 1e-3,
@@ -160,7 +217,7 @@ def test_probe_measures_and_keeps_the_result_for_the_next_store(make, kit, capsy
     assert (tuning.chunk_nbytes, tuning.depth) == (drive["chunk_nbytes"], drive["depth"])
     assert names(tmp_path / "nvme") == ["drive.json", "lock"]
     store = make(kit.extents(1))
-    assert (store._mover.queues[0].depth // 2, store._mover._chunk_nbytes) == (tuning.depth, [tuning.chunk_nbytes])
+    assert (store._mover.queues[0].depth // 2, store._mover._tunings) == (tuning.depth, [tuning])
     store.close()
     make(kit.extents(1)).close()
     assert "drive.json" in names(tmp_path / "nvme")
@@ -174,9 +231,10 @@ def test_a_damaged_measurement_is_ignored_with_a_warning(make, kit, tmp_path, ca
     assert "drive.json is ignored" in caplog.text
 
 
-def test_the_smallest_request_within_three_percent_of_the_best_wins():
+def test_the_smallest_request_within_a_tenth_of_the_best_wins():
     rates = {(1, 2): (1.0, 1.0), (1, 4): (1.96, 1.96), (4, 2): (1.97, 1.97), (4, 4): (2.0, 2.0), (8, 8): (3.0, 0.5)}
     assert best(rates) == (1, 4)
+    assert best({**rates, (1, 4): (1.75, 1.75)}) == (4, 2)
 
 
 def test_shares_follow_the_combined_bandwidth():

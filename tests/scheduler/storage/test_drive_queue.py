@@ -1,13 +1,16 @@
 """One drive's queue: order, bounds, no starvation, nothing left over."""
 
 import asyncio
+import errno
 import random
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from offload.scheduler.lanes import Lanes
-from offload.scheduler.storage import NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue
+from offload.scheduler.storage import NEEDED_LATER, NEEDED_NOW, NEEDED_SOON, DriveQueue, DriveStalled
+from offload.scheduler.storage import queue as queue_module
 from offload.scheduler.trace import Trace
 
 
@@ -214,21 +217,74 @@ def test_bounds_below_one_are_refused(bad):
         queue(*bad)
 
 
-def test_the_drive_is_free_for_the_next_request_while_bytes_are_hashed(lanes):
-    """`after` of the first request waits for the second to have been served: with the drive held it never would be."""
-    served = threading.Event()
+def test_what_waits_behind_a_request_that_does_not_end_raises_and_the_request_goes_on(lanes, caplog):
+    gate = threading.Event()
 
     async def body():
-        drive = queue(depth=1, lane_depth=1)
-        first = drive.run(
-            lanes.read, int, unit="u", kind="k", nbytes=1, needed=NEEDED_SOON, label="first",
-            after=lambda result: (result, served.wait(20)),
-        )  # fmt: skip
-        second = submit(drive, lanes.read, served.set)
-        assert (await asyncio.gather(first, second))[0] == (0, True)
-        assert drive.statistics().num_in_flight == 0
+        drive = DriveQueue("drive", depth=1, max_in_flight_nbytes=100, lane_depth=1, stall_s=0.05)
+        stuck = submit(drive, lanes.read, gate.wait, 20, nbytes=30)
+        waiting = [submit(drive, lanes.read, int, nbytes=7) for _ in range(2)]
+        with pytest.raises(DriveStalled, match="30 bytes") as caught:
+            await waiting[0]
+        with pytest.raises(DriveStalled, match="1 requests with 30 bytes in flight, 2 waiting"):
+            await waiting[1]
+        assert (caught.value.oldest, caught.value.errno) == ("read (20,)", errno.ETIMEDOUT)
+        assert caught.value.age_s >= 0.05
+        assert "drive has not answered" in caplog.text
+        late = submit(drive, lanes.read, int)
+        await settle()
+        assert isinstance(late.exception(), DriveStalled)  # whatever comes now does not wait as long again
+        assert await submit(drive, lanes.write, int) == 0  # an idle lane tries
+        assert not stuck.done() and drive.statistics().num_in_flight == 1
+        gate.set()
+        assert await stuck
+        assert await submit(drive, lanes.read, int) == 0
 
     run(body())
+
+
+def test_a_drive_that_answers_is_not_stalled_however_long_its_queue(lanes, monkeypatch):
+    """On a clock set by hand: a request counts from when the drive got it, not from when it was asked for."""
+    now, gates = [0.0], [threading.Event(), threading.Event()]
+    monkeypatch.setattr(queue_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def body():
+        drive = DriveQueue("drive", depth=1, max_in_flight_nbytes=100, lane_depth=1, stall_s=120.0)
+        first, second = (submit(drive, lanes.read, gate.wait, 20) for gate in gates)
+        third = submit(drive, lanes.read, int)
+        await settle()
+        now[0] = 119.0
+        drive._look()
+        gates[0].set()
+        await first
+        now[0] = 200.0
+        drive._look()
+        await settle()
+        assert not second.done() and not third.done()
+        now[0] = 239.0
+        drive._look()
+        with pytest.raises(DriveStalled, match=r"not answered for 120\.0 s"):
+            await third
+        gates[1].set()
+        await second
+
+    run(body())
+
+
+def test_without_a_limit_nobody_gives_up(lanes):
+    gate = threading.Event()
+
+    async def body():
+        drive = queue(lane_depth=1)
+        calls = [submit(drive, lanes.read, gate.wait, 20) for _ in range(2)]
+        await settle()
+        assert drive._watch is None
+        gate.set()
+        await asyncio.gather(*calls)
+
+    run(body())
+    with pytest.raises(ValueError, match="stall_s 0 must be above 0"):
+        DriveQueue("drive", depth=1, max_in_flight_nbytes=1, lane_depth=1, stall_s=0)
 
 
 def test_a_cancelled_request_ends_only_with_its_thread(lanes):

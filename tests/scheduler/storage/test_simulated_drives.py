@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from offload.scheduler.rig import DriveSpeed
 from offload.scheduler.storage import (
     MemoryBackend,
     NoSpace,
@@ -47,12 +48,41 @@ def test_transfers_take_bytes_over_bandwidth_plus_latency():
     assert time.now_s == pytest.approx(2.25 + 3000 / 1e3 + 0.25)
 
 
-@pytest.mark.parametrize(("duplex", "ends_s"), [(True, 4.0), (False, 6.0)])
-def test_duplex_drives_serve_both_directions_at_once(duplex, ends_s):
-    backend, _ = paced(Pace(read_gb_s=2e-6, write_gb_s=1e-6, duplex=duplex))
-    assert backend._book("read", 4000) == pytest.approx(2.0)
-    assert backend._book("write", 4000) == pytest.approx(ends_s)
-    assert backend._book("read", 4000) == pytest.approx(4.0 if duplex else 8.0)
+@pytest.mark.parametrize(
+    ("law", "mixed_gb_s", "ends_s"),
+    [("duplex", None, [2.0, 4.0, 4.0]), ("additive", None, [2.0, 6.0, 8.0]), ("mixed", 4e-6, [1.0, 2.0, 3.0])],
+)
+def test_a_drive_serves_both_directions_by_its_law(law, mixed_gb_s, ends_s):
+    backend, _ = paced(Pace(read_gb_s=2e-6, write_gb_s=1e-6, law=law, mixed_gb_s=mixed_gb_s))
+    ends = [backend._book(direction, 4000) for direction in ("read", "write", "read")]
+    assert ends == pytest.approx(ends_s)
+
+
+@pytest.mark.parametrize("law", ["duplex", "additive", "mixed"])
+@pytest.mark.parametrize(("num_reads", "num_writes"), [(6, 0), (0, 6), (5, 3)])
+def test_a_backlog_takes_as_long_as_the_rig_says(law, num_reads, num_writes):
+    speeds = {"read_gb_s": 2e-6, "write_gb_s": 1e-6, "law": law, "mixed_gb_s": 1.5e-6 if law == "mixed" else None}
+    backend, _ = paced(Pace(**speeds))
+    ends = [backend._book(way, 1000) for way in ["read"] * num_reads + ["write"] * num_writes]
+    drive = DriveSpeed(**speeds, latency_s=0.0, depth=1)
+    assert max(ends) == pytest.approx(drive.service_s(1000 * num_reads, 1000 * num_writes))
+
+
+@pytest.mark.parametrize(("law", "apart"), [("duplex", True), ("additive", False)])
+def test_writes_take_the_places_of_reads_only_where_they_share_a_channel(law, apart):
+    backend, _ = paced(Pace(read_gb_s=1, write_gb_s=1, depth=1, law=law))
+    reader = threading.Thread(target=backend.serve, args=("read", lambda: 1, 1), daemon=True)
+    waiting = []
+
+    def while_writing():
+        reader.start()
+        reader.join(20 if apart else 0.1)
+        waiting.append(reader.is_alive())
+        return 1
+
+    backend.serve("write", while_writing, 1)
+    reader.join(20)
+    assert waiting == [not apart]
 
 
 def test_all_files_share_the_drive():
@@ -115,7 +145,13 @@ def test_flush_takes_its_time():
     assert time.slept == [0.5]
 
 
-@pytest.mark.parametrize("bad", [{"read_gb_s": 0}, {"write_gb_s": -1}, {"depth": 0}, {"jitter": 1}, {"latency_s": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"read_gb_s": 0}, {"write_gb_s": -1}, {"depth": 0}, {"jitter": 1}, {"latency_s": -1}, {"law": "fast"},
+        {"law": "mixed"}, {"law": "mixed", "mixed_gb_s": 0}, {"mixed_gb_s": 1},
+    ],
+)  # fmt: skip
 def test_impossible_paces_are_refused(bad):
     with pytest.raises(ValueError, match=r"must be|depth >= 1"):
         Pace(**{"read_gb_s": 1, "write_gb_s": 1, **bad})

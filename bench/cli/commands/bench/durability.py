@@ -54,13 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         f"# {table.model}, {table.dtype}, batch {table.batch} x {table.seq}, {arguments.case}; {table.rounds} rounds "
         f"in turns of {table.warm_up} warm-up + {table.steps} timed steps, each its own process; median [p20, p80]"
     )
-    print("| durability | checksums compared | step s | relative | written B/param |")
-    print("|---|---|---|---|---|")
+    print("| durability | checksums compared | step s | relative | hashing, CPU s / step s | written B/param |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         low, middle, high = row.step_s
         print(
             f"| {row.durability} | {'yes' if row.verify else 'no'} | {middle:.3f} [{low:.3f}, {high:.3f}] "
-            f"| {row.relative:.3f} | {row.written_per_parameter:.2f} |"
+            f"| {row.relative:.3f} | {row.hash_share:.1%} | {row.written_per_parameter:.2f} |"
         )
     write_json(
         arguments.json,

@@ -7,15 +7,19 @@ EXIT_DAMAGED = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", nargs="+", metavar="DIR", help="as given to the engine; one finds the others")
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="of one run or several; one finds its others")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.store.inspection import inspect_store, verify_store
+    from offload.store.inspection import by_store, inspect_store, verify_store
 
-    damages = verify_store(arguments.directories)
-    for line in damages:
-        print(line)
-    step = inspect_store(arguments.directories).step
-    print(f"step {step} is damaged in {len(damages)} places" if damages else f"step {step} is whole")
-    return EXIT_DAMAGED if damages else 0
+    num_damages = 0
+    for directories in by_store(arguments.directories):
+        damages = verify_store(directories)
+        num_damages += len(damages)
+        for line in damages:
+            print(line)
+        found = inspect_store(directories)
+        state = f"damaged in {len(damages)} places" if damages else "whole"
+        print(f"{found.directories[0]}: step {found.step} is {state}")
+    return EXIT_DAMAGED if num_damages else 0
