@@ -21,6 +21,7 @@ from offload.scheduler.lanes import Lanes
 from offload.scheduler.storage import DriveTuning, measure_drive, open_backend
 from offload.scheduler.trace import Trace
 from offload.store import Extent, Store
+from offload.store.checksum import block_digests
 
 MIB = 1 << 20
 Move = Callable[[str, int, Tensor], Coroutine[Any, Any, None]]
@@ -85,7 +86,9 @@ def _measured(directory: Path) -> DriveTuning:
     folder = directory / "probe"
     folder.mkdir()
     try:
-        return measure_drive(open_backend(folder), seconds=4.0, progress=lambda text: None).tuning
+        return measure_drive(
+            open_backend(folder), seconds=4.0, progress=lambda text: None, each=block_digests
+        ).tuning
     finally:
         shutil.rmtree(folder)
 

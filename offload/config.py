@@ -19,7 +19,7 @@ from .sizes import parse_size
 
 HOME_KINDS = ("param", "states", "grad")
 HOME_TIERS = ("host", "nvme")
-IO_THREADS_PER_DIRECTORY = 4  # with 8 MiB requests they reach the best native queue of a virtual drive
+IO_THREADS_PER_DIRECTORY = 6  # for each of reading and writing: they hash as well, so a few more than the drive needs
 UPDATE_MODES = ("auto", "next_forward", "backward", "speculative", "step")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..scheduler.storage import Backend, DriveTuning, OffloadIOError, ProbeReport, measure_drive
+from .checksum import block_digests
 from .document import FORMAT, VERSION, load, publish
 from .errors import StoreCorrupt, StoreError
 
@@ -40,7 +41,7 @@ def _tuning(backend: Backend, total_nbytes: int) -> DriveTuning:
     if total_nbytes < WORTH_PROBING_NBYTES or backend.volatile:
         return DriveTuning()
     try:
-        report = measure_drive(backend, seconds=PROBE_S, progress=log.debug)
+        report = measure_drive(backend, seconds=PROBE_S, progress=log.debug, each=block_digests)
     except OffloadIOError as error:
         # Too full for the probe's file, or failing: the checks that follow say so better.
         log.warning("%s: the drive could not be measured (%s); using defaults", backend.root, error)

@@ -58,9 +58,13 @@ class ProbeReport:
 
 
 def measure_drive(
-    backend: Backend, *, seconds: float = 3.0, file_nbytes: int = FILE_NBYTES, progress: Callable[[str], None] = print
-) -> ProbeReport:
+    backend: Backend, *, seconds: float = 3.0, file_nbytes: int = FILE_NBYTES, progress: Callable[[str], None] = print,
+    each: Callable[[memoryview], object] | None = None,
+) -> ProbeReport:  # fmt: skip
     """Measure the drive under `backend` for about `seconds` and as much again to write the file. Blocks.
+
+    `each` is called with the bytes of every request while chunk and depth are chosen, in the thread that moved them:
+    what the user of the drive does there (checksums) is part of what is to be overlapped.
 
     The file is written in full before anything is timed (a first write to reserved space is slower than all later
     ones) and removed at the end. Raises: NoSpace if `file_nbytes` do not fit; OffloadIOError if the drive fails.
@@ -72,18 +76,24 @@ def measure_drive(
         progress(f"writing {file_nbytes / MIB:.0f} MiB")
         fill(file, file_nbytes)
         candidates = [(chunk_nbytes, depth) for chunk_nbytes in CHUNKS for depth in DEPTHS]
-        slot_s = seconds / (2 * NUM_ROUNDS * len(candidates) + 2)
+        slot_s = seconds / (2 * NUM_ROUNDS * len(candidates) + 6)
         seen: dict[tuple[int, int], list[tuple[float, float]]] = {place: [] for place in candidates}
         for _ in range(NUM_ROUNDS):
             for chunk_nbytes, depth in candidates:
                 read, write = (
-                    rate(file, file_nbytes, chunk_nbytes, reads=depth * (1 - way), writes=depth * way, seconds=slot_s)
+                    rate(
+                        file, file_nbytes, chunk_nbytes, reads=depth * (1 - way), writes=depth * way, seconds=slot_s,
+                        each=each,
+                    )
                     for way in (0, 1)
-                )
+                )  # fmt: skip
                 seen[chunk_nbytes, depth].append((read, write))
         rates = {place: tuple(map(statistics.median, zip(*pairs, strict=True))) for place, pairs in seen.items()}
         chunk_nbytes, depth = best(rates)
-        read_gb_s, write_gb_s = rates[chunk_nbytes, depth]
+        read_gb_s, write_gb_s = (
+            rate(file, file_nbytes, chunk_nbytes, reads=depth * (1 - way), writes=depth * way, seconds=2 * slot_s)
+            for way in (0, 1)
+        )
         half = max(1, depth // 2)
         mixed_gb_s = rate(file, file_nbytes, chunk_nbytes, reads=half, writes=half, seconds=2 * slot_s)
         return ProbeReport(
@@ -131,6 +141,7 @@ def fill(file: StorageFile, file_nbytes: int) -> None:
 def rate(
     file: StorageFile, file_nbytes: int, chunk_nbytes: int, *, reads: int, writes: int, seconds: float,
     in_order: bool = True, clock: Callable[[], float] = time.perf_counter,
+    each: Callable[[memoryview], object] | None = None,
 ) -> float:  # fmt: skip
     """Bandwidth in GB/s of `reads` reading and `writes` writing threads for `seconds`, at least one request each."""
     num_chunks = file_nbytes // chunk_nbytes
@@ -145,6 +156,8 @@ def rate(
         while not done or clock() < end_s[0]:  # a thread that a busy machine starts late still measures something
             place = (place + 1) % num_chunks if in_order else chance.randrange(num_chunks)
             transfer(file, buffer, place * chunk_nbytes)
+            if each is not None:
+                each(buffer)
             done += chunk_nbytes
         with lock:
             moved[0] += done
