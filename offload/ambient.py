@@ -143,7 +143,7 @@ def fixed_surroundings() -> tuple[Any, ...]:
     return (
         torch.is_inference_mode_enabled(),
         torch._C._are_functorch_transforms_active(),
-        torch._C._autograd._saved_tensors_hooks_is_enabled(),
+        torch._C._autograd._saved_tensors_hooks_is_enabled(),  # type: ignore[attr-defined]
         *map(id, _get_current_function_mode_stack()),
         *map(id, _get_current_dispatch_mode_stack()),
     )

@@ -22,9 +22,7 @@ from .units import CallSite, ParameterInfo
 from .usage import CallLedger, ComputeRecord
 
 FIRST_TURN = Turn(0, None)
-"""Of every call in a pass without turns."""
-NOBODYS_TURN = Turn(-1, None)
-"""Of a call that a recomputation in the backward of a pass with turns makes: no micro-batch waits for it."""
+"""Of every call in a pass without turns, and of those that a recomputation makes in backward."""
 
 
 class CallRuntime:
@@ -72,6 +70,7 @@ class CallRuntime:
         self._stay = Stay(residency)
         self._taking_turns = False
         self._leaves: dict[tuple[int, nn.Parameter], nn.Parameter] = {}
+        self._visiting: list[Turn | None] = []
         self.turn: Turn | None = None
         self.pause: Callable[[CallSite], None] | None = None
         self.stashed: set[tuple[nn.Module, str]] = set()
@@ -154,6 +153,7 @@ class CallRuntime:
         finally:
             self._taking_turns = False
             self.turn, self.pause = None, None
+            self._visiting = []
             self.stashed = set()
             self._leaves = {}
             self._stay.end()
@@ -240,10 +240,8 @@ class CallRuntime:
             self._residency.release(site.units)
 
     def forward_made(self, site: CallSite) -> Turn:
-        turn = self.turn
-        if turn is None:
-            turn = NOBODYS_TURN if self._taking_turns else FIRST_TURN
-        elif turn.round is not None and (turn.round.site is not site or self._depth):
+        turn = self.turn if self.turn is not None else FIRST_TURN
+        if turn.round is not None and (turn.round.site is not site or self._depth):
             turn = Turn(turn.micro_batch, None)
         if turn.round is not None:
             turn.round.calls += 1
@@ -266,7 +264,9 @@ class CallRuntime:
     def backward_begins(self, site: CallSite, turn: Turn) -> None:
         self._check_open()
         self._backward_seen()
-        self.turn = turn if self._taking_turns else None
+        if self._taking_turns:
+            self._visiting.append(self.turn)
+            self.turn = turn
         for unit in site.units:
             for info in unit.parameters:
                 info.parameter.grad = None
@@ -280,7 +280,7 @@ class CallRuntime:
                 more_to_come = private or not first_visit or self.ledger.pending(unit.index)
                 self._gradients.flush(unit.index, more_to_come)
             return
-        self.turn = None
+        self.turn = self._visiting.pop()  # a call of a unit may be inside of another's
         if turn.round is not None and first_visit:
             turn.round.calls -= 1
             if not turn.round.calls:

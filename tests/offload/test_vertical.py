@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -204,6 +205,25 @@ def test_a_unit_called_twice(kit: SimpleNamespace, settings: dict[str, Any], dty
     assert_same(kit, CalledTwice, in_steps(data, 4), {**settings, "dtype": dtype}, loss_of)
 
 
+class SharedInside(nn.Module):
+    """A module that is called by itself, inside of another unit, and whose weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.shared = nn.Linear(8, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), self.shared, nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.shared(self.block(x)), self.shared.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_unit_inside_of_another(kit: SimpleNamespace, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    data = [(x.to(dtype),) for (x,) in vectors(8)]
+    assert_same(kit, SharedInside, in_steps(data, 4), {**settings, "dtype": dtype}, loss_of)
+
+
 # -- traffic and order
 
 
@@ -260,19 +280,55 @@ def test_backward_visits_each_unit_for_all_micro_batches_in_their_order(
 
 
 def test_a_units_gradient_goes_home_once(kit: SimpleNamespace, tmp_path: Path) -> None:
-    """Four micro-batches' sum is written once, where four backwards would write, read and write."""
-    config = OffloadConfig(dtype=torch.float32, micro_batches=4, nvme=tmp_path, homes=kit.ALL_NVME, host_memory="64MiB")
-    data = kit.batches(8)
-    with OffloadEngine(kit.TinyGPT(tied=False), AdamW(), config) as engine:
-        engine.train_step(data[:4])
-        vertical = engine.train_step(data[4:]).nbytes
-        for _ in range(2):
-            for x, y in data[:4]:
-                engine.backward(engine(x, y))
-            plain = engine.step().nbytes
-    gradients = sum(p.numel() for p in kit.TinyGPT(tied=False).parameters()) * 4
-    assert plain["write"] - vertical["write"] >= 3 * gradients
-    assert plain["read"] - vertical["read"] >= 3 * gradients
+    """Four micro-batches' sum is written once, its norm taken on the way: no byte more than for one micro-batch."""
+
+    def moved(micro_batches: int) -> tuple[int, int]:
+        homes = {"param": "host", "states": "host", "grad": "nvme"}
+        config = OffloadConfig(
+            dtype=torch.float32,
+            micro_batches=micro_batches,
+            nvme=tmp_path,
+            homes=homes,
+            overwrite=True,
+            durability="none",
+            update="step",
+        )
+        with OffloadEngine(kit.TinyGPT(tied=False), AdamW(), config) as engine:
+            for batches in in_steps(kit.batches(3 * micro_batches), micro_batches):
+                info = engine.train_step(batches)
+            return info.nbytes["read"], info.nbytes["write"]
+
+    assert moved(4) == moved(1)
+
+
+class Watching(nn.Module):
+    """Notes whether its first unit is held after its turn in forward, and the second before its turn in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.held: list[int] = []
+        self.holds: list[Callable[[int], int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.held.append(self.holds[0](0))
+        x = self.second(x)
+        x.register_hook(lambda gradient: self.held.append(self.holds[0](1)))
+        return x.sum()
+
+
+@pytest.mark.parametrize("activation_memory", [0, "64MiB"])
+def test_a_unit_is_held_until_its_last_turn(activation_memory: Any) -> None:
+    """Else it may be evicted between two turns, in forward or in backward, and fetched again."""
+    module = Watching()
+    config = OffloadConfig(dtype=torch.float32, micro_batches=3, activation_memory=activation_memory)
+    with OffloadEngine(module, AdamW(), config) as engine:
+        staged = engine._residency._staged
+        module.holds.append(lambda unit: staged[unit].holds)
+        engine.train_step(vectors(3))
+    assert module.held == [1, 1, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("roads", [[(0, 1, 2, 3), (3, 2, 1, 0), (1, 1, 0)], [(0, 1), (0, 1, 2, 3), (2,)]])
@@ -426,6 +482,31 @@ def test_saved_tensor_hooks_are_each_micro_batchs_own(kit: SimpleNamespace) -> N
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+def test_default_dtype_and_context_are_each_micro_batchs_own() -> None:
+    setting: contextvars.ContextVar[str] = contextvars.ContextVar("setting")
+    seen: list[tuple[bool, bool, str]] = []
+
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, number: int) -> Tensor:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float64 if number == 1 else before)
+            x = self.first(x)
+            seen.append((number == 1, torch.get_default_dtype() == torch.float64, setting.get()))
+            x = self.second(x)
+            torch.set_default_dtype(before)
+            return x.sum()
+
+    setting.set("the caller's")
+    with OffloadEngine(Noting(), SGD(), OffloadConfig(dtype=torch.float32, micro_batches=3)) as engine:
+        engine.train_step(numbered(3))
+    assert seen == [(mine, mine, "the caller's") for mine in (False, True, False)]
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_autocasts_copies_are_each_micro_batchs_own(kit: SimpleNamespace) -> None:
     """A cast copy that three graphs share collects their gradients in 16 bits."""
 
@@ -529,12 +610,18 @@ def test_tensors_left_in_attributes_are_each_micro_batchs_own(kit: SimpleNamespa
             torch.manual_seed(2)
             self.layers = nn.ModuleList(Router() for _ in range(3))
 
+            self.seen: list[float] = []
+
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
                 x = layer(x)
+            self.seen.append(float(self.layers[0].penalty.detach()))
             return x.mean() + sum(layer.penalty for layer in self.layers)
 
-    assert_same(kit, Routed, in_steps(vectors(6), 3), settings)
+    def look(engine: OffloadEngine) -> None:
+        assert float(engine.module.layers[0].penalty.detach()) == engine.module.seen[-3], "as the last one left it"
+
+    assert_same(kit, Routed, in_steps(vectors(6), 3), settings, look=look)
 
 
 # -- where turns are impossible
@@ -617,6 +704,21 @@ def test_different_orders(
 def test_regular_micro_batches_are_not_noticed(kit: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
     assert_same(kit, kit.TinyGPT, in_steps(kit.batches(6), 3), {})
     assert not caplog.records
+
+
+def test_gradient_hooks_of_the_user_see_what_they_see_in_the_loop(kit: SimpleNamespace) -> None:
+    seen: list[list[float]] = []
+
+    def make() -> nn.Module:
+        module = TiedByHand()
+        norms: list[float] = []
+        seen.append(norms)
+        module.embed.weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+        return module
+
+    tokens = [(torch.randint(11, (2, 5), generator=torch.Generator().manual_seed(i)),) for i in range(6)]
+    assert_same(kit, make, in_steps(tokens, 3), {}, loss_of)
+    assert len(seen[0]) == 12 and seen[1] == seen[0]
 
 
 # -- exceptions and memory
