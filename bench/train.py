@@ -4,24 +4,29 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
+from offload.scheduler.chrome import read_trace
 
-from . import text
+from . import text, timeline
 from .generate import generate
 from .memory import peak_rss_nbytes, rss_nbytes
 from .models.gpt import GPT, GPTConfig
 
 LANES = ("compute", "h2d", "d2h", "read", "write", "cpu")
 SAMPLE_PROMPT = b"def "
+TRACED_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
     """One run. Batches and steps are counts; `lr` is the peak of the schedule; `config` places the bytes.
+
+    `timeline` is the file (.html or .png) into which the last step is drawn; the trace of the last few lies beside it.
 
     Raises: ValueError if a count is below its minimum, or `lr` is not positive.
     """
@@ -38,6 +43,7 @@ class TrainOptions:
     eval_batches: int = 4
     sample_bytes: int = 128
     sample_limit_s: float = 30.0
+    timeline: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("seq", 1), ("eval_batches", 1), ("sample_bytes", 0)):
@@ -46,6 +52,8 @@ class TrainOptions:
                 raise ValueError(f"--{flag} is {getattr(self, name)}, expected at least {least}. Pass a larger count.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"--lr is {self.lr}, expected a positive number such as 1e-3.")
+        if self.timeline is not None:
+            timeline.check(self.timeline)
 
     @property
     def tokens_per_step(self) -> int:
@@ -192,13 +200,24 @@ class _Run:
 
     def steps(self, on_step: Callable[[Progress], None]) -> list[tuple[StepInfo, float]]:
         history = []
-        for _ in range(self.first_step, self.options.steps):
+        for index in range(self.first_step, self.options.steps):
+            if self.options.timeline is not None and index == max(self.first_step, self.options.steps - TRACED_STEPS):
+                self.engine.trace(timeline.trace_beside(self.options.timeline))
             began = time.perf_counter()
             info, loss = self._step()
             seconds = time.perf_counter() - began
             history.append((info, loss))
             on_step(self._progress(info, loss, seconds))
+        self._draw()
         return history
+
+    def _draw(self) -> None:
+        """Draw the last step, if that was asked for."""
+        path = self.options.timeline
+        if path is not None:
+            self.engine.trace(None)
+            steps = read_trace(timeline.trace_beside(path))
+            timeline.write(timeline.draw(steps, timeline.choose(steps, None)), path)
 
     def _step(self) -> tuple[StepInfo, float]:
         options = self.options

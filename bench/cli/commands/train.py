@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-batches", type=count(1), default=4, help="held-out batches per evaluation (default 4)")
     parser.add_argument("--sample-bytes", type=count(0), default=128, help="bytes of text to generate (default 128)")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="draw the last step (.html or .png)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the table at the end")
     add_json(parser)
 
@@ -66,11 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         eval_batches=arguments.eval_batches,
         sample_bytes=arguments.sample_bytes,
+        timeline=arguments.timeline,
     )
     with progress(steps=options.steps, quiet=arguments.quiet) as shown:
         report = train(options, shown.on_step, shown.on_phase)
     machine = describe(Path(arguments.nvme[0]) if arguments.nvme else None)
     print_report(report, options, machine)
+    if options.timeline is not None:
+        print(f"the last step as a picture: {options.timeline}")
     write_json(
         arguments.json,
         {
