@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 
 from .layout import UnitLayout
 from .scheduler.rig import GB, Rig
+from .scheduler.trace import Span
 
 SERIAL = ("compute", "h2d", "d2h", "drive", "cpu", "dram")
 """The lanes whose busy seconds bound a step; `read` and `write` are shown beside them, `drive` is both by its law."""
@@ -255,3 +256,49 @@ def _least(length_s: Callable[[float], float]) -> float:
         else:
             low = left
     return (low + high) / 2
+
+
+class EngineBound:
+    """The bound of an engine's own steps on a rig, from its placement and from how long its compute took."""
+
+    def __init__(
+        self,
+        rig: Rig,
+        layouts: Sequence[UnitLayout],
+        homes: Sequence[Mapping[str, str]],
+        *,
+        one_memory: bool,
+        micro_batches: int,
+        commit_interval: int | None,
+        update: str,
+        clips: bool,
+    ) -> None:
+        self._rig = rig
+        self._one_memory = one_memory
+        self._alpha = update_share(update, clips=clips)
+        self._work = {
+            vertical: step_work(
+                layouts,
+                homes,
+                one_memory=one_memory,
+                micro_batches=micro_batches,
+                vertical=vertical,
+                commit_interval=commit_interval,
+            )
+            for vertical in (False, True)
+        }
+
+    def of(self, spans: Sequence[Span], vertical: bool) -> Bound:
+        """The bound of the step that left `spans`; its compute counts as long as it took."""
+        seconds = {
+            phase: sum(s.end_s - s.start_s for s in spans if s.lane == "compute" and s.kind == phase)
+            for phase in ("forward", "backward")
+        }
+        return lower_bound(
+            self._work[vertical],
+            self._rig,
+            forward_s=seconds["forward"],
+            backward_s=seconds["backward"],
+            alpha=self._alpha,
+            compute_on_cores=self._one_memory,
+        )

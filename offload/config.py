@@ -13,6 +13,7 @@ import torch
 from . import layout
 from .scheduler.devices import AcceleratorDevice, Device, FakeDevice, OneMemoryDevice
 from .scheduler.lanes import Lanes
+from .scheduler.rig import Rig
 from .scheduler.storage import Backend
 from .scheduler.trace import Trace
 from .sizes import parse_size
@@ -59,6 +60,8 @@ class OffloadConfig:
         verify: whether every read from the store is compared with its checksum.
         resume: go on from the last committed step of the store in `nvme`, bit for bit.
         overwrite: discard a store in `nvme` that could be resumed.
+        rig: what the machine's lanes can do (a `scheduler.rig.Rig`, or the path of its TOML file), so that each step is
+            reported beside its lower bound (`StepInfo.bound_s`); None reports none.
         rated_endurance: bytes that the drives may be written in their life ("600TB"), for the wear account.
 
     Raises: ValueError with the value, what was expected and the mend.
@@ -79,6 +82,7 @@ class OffloadConfig:
     verify: bool = True
     resume: bool = False
     overwrite: bool = False
+    rig: Rig | str | os.PathLike[str] | None = None
     rated_endurance: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -136,6 +140,12 @@ class OffloadConfig:
             raise ValueError("resume=True and overwrite=True contradict each other; give one of them")
         if self.rated_endurance is not None:
             parse_size(self.rated_endurance, "rated_endurance")
+
+    def read_rig(self) -> Rig | None:
+        """The rig, read from its file where a path is given. Raises: ValueError for a file that is none."""
+        if self.rig is None or isinstance(self.rig, Rig):
+            return self.rig
+        return Rig.read(Path(self.rig))
 
     @property
     def commit_interval(self) -> int | None:

@@ -20,6 +20,7 @@ from .access import HostParameter, ParameterAccess
 from .activations import ActivationBudget
 from .assembly import assemble
 from .bindings import Bindings
+from .bound import EngineBound
 from .calls import UnitForward
 from .config import OffloadConfig
 from .durable import CommitLog, RunState
@@ -168,10 +169,12 @@ class OffloadEngine:
         )
         self.optimizer = EngineOptimizer(self, optimizer, parts.groups)
         self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
+        self._bound = self._open_bound()
         self._log = self._open_log()
         self._early = self._open_early()
         self._guards: Guards | None = None
         self._mid_step = False
+        self._took_turns = False
         self._grad_scale = 1.0
         self._loss: Tensor | None = None
         self._tokens: int | None = 0
@@ -194,6 +197,21 @@ class OffloadEngine:
         if store is None or every is None:
             return None
         return CommitLog(store, self._parts.layouts, self._parts.homes, self._loop, every)
+
+    def _open_bound(self) -> EngineBound | None:
+        rig = self.config.read_rig()
+        if rig is None:
+            return None
+        return EngineBound(
+            rig,
+            self._parts.layouts,
+            self._parts.plan.homes,
+            one_memory=self.device.one_memory,
+            micro_batches=self.config.micro_batches,
+            commit_interval=self.config.commit_interval,
+            update=self.config.update,
+            clips=self.config.clip_grad_norm is not None,
+        )
 
     def _open_early(self) -> EarlyUpdates | None:
         """What begins updates in backward, where the configuration lets it."""
@@ -316,8 +334,11 @@ class OffloadEngine:
             nothing is accumulated; otherwise as `step`.
         """
         self._enter()
-        num = self._vertical.run(batches, loss_fn, reduction)
-        return self.step(partial=num < self.config.micro_batches)
+        num, self._took_turns = self._vertical.run(batches, loss_fn, reduction)
+        try:
+            return self.step(partial=num < self.config.micro_batches)
+        finally:
+            self._took_turns = False
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients accumulated so far, as `torch.nn.utils.clip_grad_norm_` does; returns the norm before.
@@ -619,8 +640,13 @@ class OffloadEngine:
         since_s = self._since_s if self._since_s is not None else now_s
         seconds = now_s - since_s
         self._since_s = now_s
+        bound_s = None if self._bound is None else self._bound.of(spans, self._took_turns).bound_s
         if self._chrome is not None:
-            self._chrome.add(TracedStep(step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits))
+            self._chrome.add(
+                TracedStep(
+                    step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits, bound_s=bound_s
+                )
+            )
         return StepInfo(
             step=self._step,
             loss=loss,
@@ -632,6 +658,7 @@ class OffloadEngine:
             nbytes=moved_nbytes(spans),
             busy_s=busy_s(spans),
             exposed_s=exposed_s(spans, waits),
+            bound_s=bound_s,
         )
 
 

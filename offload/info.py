@@ -22,6 +22,7 @@ class StepInfo:
         nbytes: bytes moved, by lane: h2d and d2h cross the link, read and write NVMe, cpu is what host kernels touched.
         busy_s: seconds in which each lane worked, by lane.
         exposed_s: seconds in which compute waited, by the lane it waited for.
+        bound_s: the step's lower bound on `OffloadConfig(rig=...)` for this placement, or None without a rig.
     """
 
     step: int
@@ -34,6 +35,12 @@ class StepInfo:
     nbytes: Mapping[str, int]
     busy_s: Mapping[str, float]
     exposed_s: Mapping[str, float]
+    bound_s: float | None = None
+
+    @property
+    def bound_ratio(self) -> float | None:
+        """seconds / bound_s: how far the step is from the slowest resource's own time; None without a rig."""
+        return None if self.bound_s is None else self.seconds / self.bound_s
 
 
 @dataclass(frozen=True, kw_only=True)

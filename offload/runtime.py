@@ -214,7 +214,7 @@ class CallRuntime:
             finally:
                 self._thread.depth -= 1
                 self._thread.recomputing -= recompute
-                self._compute.add(site, begin, self.device.record())
+                self._compute.add(site, "backward" if recompute else "forward", begin, self.device.record())
                 self._bindings.unbind(staged)
 
     @contextlib.contextmanager

@@ -54,10 +54,11 @@ class ComputeRecord:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._pairs: list[tuple[str, Event, Event]] = []
+        self._pairs: list[tuple[str, str, Event, Event]] = []
 
-    def add(self, site: CallSite, begin: Event, end: Event) -> None:
-        self._pairs.append((site.name, begin, end))
+    def add(self, site: CallSite, phase: str, begin: Event, end: Event) -> None:
+        """A call of `site` in `phase`: "forward" or "backward" (recomputation included)."""
+        self._pairs.append((site.name, phase, begin, end))
 
     def forget(self) -> None:
         """Drop what was recorded since the last step."""
@@ -66,6 +67,6 @@ class ComputeRecord:
     def settle(self) -> None:
         """Write the spans of all pairs. Blocks until the last event has passed."""
         pairs, self._pairs = self._pairs, []
-        for name, begin, end in pairs:
+        for name, phase, begin, end in pairs:
             start_s = begin.time_s()
-            self._trace.add(Span("compute", start_s, end.time_s(), name, "call", 0, start_s))
+            self._trace.add(Span("compute", start_s, end.time_s(), name, phase, 0, start_s))

@@ -63,8 +63,9 @@ class VerticalSchedule:
         self._obstacle: str | None = None
         self._looked_at_buffers = False
 
-    def run(self, batches: Sequence[Any], loss_fn: LossFn | None, reduction: str) -> int:
-        """Forwards and backwards of all `batches`, and nothing else. Returns how many they are.
+    def run(self, batches: Sequence[Any], loss_fn: LossFn | None, reduction: str) -> tuple[int, bool]:
+        """Forwards and backwards of all `batches`, and nothing else. Returns how many they are and whether they took
+        turns.
 
         Raises: ValueError for a number of batches or a reduction that does not work; RuntimeError where the step has
         gradients already; TypeError for a loss that is none. What a forward raises passes through.
@@ -80,13 +81,14 @@ class VerticalSchedule:
 
         try:
             streams = [RandomState.seeded(seed + number, device) for number in range(len(batches))]
-            if len(batches) == 1 or self._is_obstructed() or not self._in_turns(loss_of, streams):
+            turns = len(batches) > 1 and not self._is_obstructed() and self._in_turns(loss_of, streams)
+            if not turns:
                 for number, stream in enumerate(streams):
                     stream.restore(device)
                     self._backward(loss_of(number))
         finally:
             after.restore(device)
-        return len(batches)
+        return len(batches), turns
 
     def _checked(self, batches: Sequence[Any], reduction: str) -> list[Any]:
         if reduction not in REDUCTIONS:

@@ -86,6 +86,30 @@ def test_compute_alone() -> None:
     assert step_s(rig(), IN_MEMORY, 1.0, 3.0) == pytest.approx(4.0, rel=1e-9)
 
 
+def test_what_the_training_thread_does_beside_compute_is_time_but_no_compute() -> None:
+    config = simulated_config(rig(), homes=IN_MEMORY, durability="none")
+    with Simulation(Stack([64] * 5), AdamW(), rig(), config, lambda site: (1.0, 2.0), call_s=0.25) as simulation:
+        step = simulation.run(3)
+    assert (step.compute_s, step.seconds) == pytest.approx((15.0, 17.5))
+
+
+@pytest.mark.parametrize(("vertical", "fetches"), [(True, 2), (False, 8)])
+def test_turns_fetch_a_unit_once_for_all_micro_batches(vertical: bool, fetches: int) -> None:
+    """The device has room for one unit, which stays where a pass turns."""
+    machine = rig(link=True)
+    config = simulated_config(
+        machine, homes=IN_MEMORY, durability="none", micro_batches=4, device_memory=2 * WIDTH**2, update="next_forward"
+    )
+    module = Stack([WIDTH] * 10)
+    with Simulation(module, AdamW(), machine, config, lambda site: (1.0, 2.0), vertical=vertical) as simulation:
+        step = simulation.run(3)
+        bound = simulation.bound()
+    assert step.compute_s == pytest.approx(10 * 4 * 3.0)
+    turns = fetches - 1
+    assert step.nbytes["h2d"] == (10 * fetches - turns) * 2 * WIDTH**2
+    assert bound.busy_s["compute"] == pytest.approx(step.compute_s)
+
+
 def test_reads_alone() -> None:
     assert step_s(rig(read_gb_s=0.1), STATES_ON_NVME) == pytest.approx(10 * P / 0.1e9, rel=0.01)
 
