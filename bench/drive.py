@@ -86,9 +86,7 @@ def _measured(directory: Path) -> DriveTuning:
     folder = directory / "probe"
     folder.mkdir()
     try:
-        return measure_drive(
-            open_backend(folder), seconds=4.0, progress=lambda text: None, each=block_digests
-        ).tuning
+        return measure_drive(open_backend(folder), seconds=4.0, progress=lambda text: None, each=block_digests).tuning
     finally:
         shutil.rmtree(folder)
 

@@ -643,9 +643,7 @@ class OffloadEngine:
         bound_s = None if self._bound is None else self._bound.of(spans, self._took_turns).bound_s
         if self._chrome is not None:
             self._chrome.add(
-                TracedStep(
-                    step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits, bound_s=bound_s
-                )
+                TracedStep(step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits, bound_s=bound_s)
             )
         return StepInfo(
             step=self._step,

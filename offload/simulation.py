@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from .assembly import _make_homes, _plan
 from .bound import Bound, lower_bound, step_work, update_share
 from .config import OffloadConfig
 from .durable import CommitLog
+from .early import EarlyUpdates
 from .engine import MIN_UPDATE_WINDOW_NBYTES
 from .gradients import MAX_IN_FLIGHT, Gradients
 from .homes import ChunkStream, gather_all
@@ -31,6 +32,7 @@ from .optimizers import OptimizerSpec
 from .order import UseOrder
 from .residency import Residency
 from .scheduler.devices import Device, Event
+from .scheduler.lanes import Lane
 from .scheduler.pool import Lease, Pool, PoolStatistics
 from .scheduler.rig import GB, Rig
 from .scheduler.storage import NEEDED_LATER, NEEDED_SOON, DriveQueue, DriveTuning
@@ -39,12 +41,12 @@ from .scheduler.virtual import (
     Channel,
     Service,
     SimulatedDrive,
-    SimulatedLane,
     SimulatedLanes,
     Together,
     VirtualLoopThread,
 )
 from .step import Stepper
+from .turns import Round, Stay
 from .units import CallSite, ParameterInfo
 from .updates import PendingUpdates
 from .usage import CallLedger
@@ -127,7 +129,7 @@ class SimulatedStore:
     def __init__(self, lanes: SimulatedLanes, tuning: DriveTuning, flush_s: float) -> None:
         self.step: int | None = None
         self._lanes = lanes
-        self._chunk_nbytes = tuning.chunk_nbytes
+        self._tuning = tuning
         self._flush_s = flush_s
         self._sealed: asyncio.Future[None] | None = None
         self._queue = DriveQueue(
@@ -153,12 +155,14 @@ class SimulatedStore:
         self.step = step
         return True
 
-    async def _move(self, lane: SimulatedLane, key: str, nbytes: int, needed: int) -> None:
+    async def _move(self, lane: Lane, key: str, nbytes: int, needed: int) -> None:
         unit, _, kind = key.rpartition("/")
-        requests = [min(self._chunk_nbytes, nbytes - first) for first in range(0, nbytes, self._chunk_nbytes)]
+        size = self._tuning.job_nbytes(nbytes)
         await gather_all(
-            self._queue.run(lane, _nothing, unit=unit, kind=kind, nbytes=request, needed=needed, label=key)
-            for request in requests
+            self._queue.run(
+                lane, _nothing, unit=unit, kind=kind, nbytes=min(size, nbytes - first), needed=needed, label=key
+            )
+            for first in range(0, nbytes, size)
         )
 
 
@@ -177,10 +181,10 @@ class _Record(Trace):
 
 
 class _SimulatedGradients(Gradients):
-    """Gradients whose values nobody knows: the norm is finite and clips nothing."""
+    """Gradients whose values nobody knows: the norm is finite, and too small to be clipped."""
 
-    def __init__(self, *args: Any, loop: VirtualLoopThread, **kwargs: Any) -> None:
-        super().__init__(*args, loop=loop, **kwargs)
+    def __init__(self, loop: VirtualLoopThread, **parts: Any) -> None:
+        super().__init__(loop=loop, **parts)
         self._slots = loop.semaphore(MAX_IN_FLIGHT)  # type: ignore[assignment]
 
     def wait(self) -> None:
@@ -189,7 +193,7 @@ class _SimulatedGradients(Gradients):
         super().wait()
 
     def total_square(self, names_in_order: Sequence[nn.Parameter]) -> float:
-        return 1.0
+        return 0.0
 
 
 class Simulation:
@@ -200,6 +204,8 @@ class Simulation:
         spec: what is optimised with; its arithmetic does not run.
         config: see `simulated_config`. Clipping never clips: the values of gradients are not known.
         seconds: what calls compute.
+        call_s: seconds that the training thread spends on each call besides.
+        vertical: all micro-batches of a step go through the units together, as in `OffloadEngine.train_step`.
         flush_s: seconds that a drive takes to flush, per commit.
         max_turns: of the loop, that one wait of the training thread may take.
 
@@ -208,11 +214,13 @@ class Simulation:
 
     def __init__(
         self, module: nn.Module, spec: OptimizerSpec, rig: Rig, config: OffloadConfig, seconds: Seconds,
-        *, flush_s: float = 0.0, max_turns: int = 20_000_000,
+        *, call_s: float = 0.0, vertical: bool = True, flush_s: float = 0.0, max_turns: int = 20_000_000,
     ) -> None:  # fmt: skip
         self.rig = rig
         self.config = config
         self._seconds = seconds
+        self._call_s = call_s
+        self._vertical = vertical and config.micro_batches > 1
         self._thread = VirtualLoopThread(max_turns)
         device = SimulatedDevice(self._thread, rig)
         parameters = _parameters(module, config.dtype)
@@ -244,16 +252,42 @@ class Simulation:
         )  # fmt: skip
         room = self._residency.make_room if device.one_memory else self.stage.acquire
         self._gradients = _SimulatedGradients(
-            self.layouts, homes, device, self._lanes, loop=self._thread, room=room,
+            self._thread, layouts=self.layouts, homes=homes, device=device, lanes=self._lanes, room=room,
             micro_batches=config.micro_batches, settled=self._residency.settled,
         )  # fmt: skip
         self._stepper = Stepper(spec, parameters, self.layouts, self._gradients)
         self._log = None
         if store is not None and config.commit_interval is not None:
             self._log = CommitLog(store, self.layouts, homes, self._thread, config.commit_interval)  # type: ignore[arg-type]
+        self._early = self._open_early()
         self._ledger = CallLedger()
         self._step = 0
         self._since_s = 0.0
+
+    def _open_early(self) -> EarlyUpdates | None:
+        """As the engine does."""
+        mode = self._mode
+        if mode not in ("backward", "speculative"):
+            return None
+        early = EarlyUpdates(
+            self._stepper,
+            self._residency,
+            [layout.unit for layout in self.layouts],
+            lambda: self._groups,
+            self._thread,
+            self._log,
+            revocable=mode != "backward",
+            only_if_usual=False,  # no step is clipped or skipped, so "auto" has come to that after its first steps
+        )
+        self._gradients.on_landing, self._gradients.on_complete = early.landing, early.complete
+        return early
+
+    @property
+    def _mode(self) -> str:
+        """What `update` comes to where no step is clipped or skipped."""
+        if self.config.update == "auto":
+            return "speculative" if self._log is not None and self.config.commit_interval == 1 else "next_forward"
+        return self.config.update
 
     # -- the simulated training thread
 
@@ -263,9 +297,14 @@ class Simulation:
         Raises: Deadlock if the engine stands still for ever.
         """
         for _ in range(num_steps):
-            for _ in range(self.config.micro_batches):
+            if self._vertical:
                 self._enter()
-                self._pass()
+                self._pass_in_turns()
+            else:
+                for _ in range(self.config.micro_batches):
+                    self._enter()
+                    self._pass()
+            self._enter()
             last = self._finish()
         return last
 
@@ -287,20 +326,55 @@ class Simulation:
             self._send_gradients(site)
         self._gradients.end_backward()
 
+    def _pass_in_turns(self) -> None:
+        """A forward and a backward of all micro-batches, which visit each unit one after another."""
+        self._order.begin("train")
+        self._residency.ask_prefetch()
+        num, stay = self.config.micro_batches, Stay(self._residency)
+        sites = self.partition.call_sites
+        self._gradients.begin_turns(num, self._ledger.pending)
+        for site in sites:
+            with self._waiting(site.units[0].name):
+                stay.begin(Round(site, num))
+            for number in range(num):
+                self._compute(site, self._seconds(site)[0])
+                self._ledger.made(site, number)
+            stay.end()
+        for site in reversed(sites):
+            with self._waiting(site.units[0].name):
+                stay.begin(Round(site, num))
+            for number in range(num):
+                self._compute(site, self._seconds(site)[1])
+                self._take_gradients(site, number)
+                self._ledger.done(site, number)
+                if number == num - 1:
+                    stay.end()
+                for unit in site.units:
+                    with self._waiting(unit.name):
+                        self._gradients.flush_turn(unit.index, number)
+        self._gradients.end_backward()
+
     def _call(self, site: CallSite, seconds: float) -> None:
         with self._waiting(site.units[0].name):
             self._residency.acquire(site.units)
-        start_s = self._thread.time()
-        self._thread.sleep(seconds)
-        end_s = self._thread.time()
-        self._trace.add(Span("compute", start_s, end_s, site.name, "call", 0, start_s))
+        self._compute(site, seconds)
         self._residency.release(site.units)
 
-    def _send_gradients(self, site: CallSite) -> None:
+    def _compute(self, site: CallSite, seconds: float) -> None:
+        if self._call_s:
+            self._thread.sleep(self._call_s)
+        start_s = self._thread.time()
+        self._thread.sleep(seconds)
+        self._trace.add(Span("compute", start_s, self._thread.time(), site.name, "call", 0, start_s))
+
+    def _take_gradients(self, site: CallSite, micro_batch: int) -> None:
         for parameter in site.module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-                self._gradients.take(parameter)
+                self._gradients.take(parameter, micro_batch)
+
+    def _send_gradients(self, site: CallSite) -> None:
+        self._take_gradients(site, 0)
         for unit in site.units:
             with self._waiting(unit.name):
                 self._gradients.flush(unit.index, self._ledger.pending(unit.index))
@@ -308,15 +382,17 @@ class Simulation:
     def _finish(self) -> SimulatedStep:
         """The step, as the engine takes it."""
         with self._waiting("step"):
-            decision = self._stepper.decide(1.0, self.config.clip_grad_norm, None)
-            self._residency.settle()
-            prepared = self._stepper.prepare(self._groups, decision.grad_scale)
+            may_skip = self.config.update != "backward"
+            decision = self._stepper.decide(1.0, self.config.clip_grad_norm, None, may_skip=may_skip)
+            begun = self._early.decided(decision.grad_scale, decision.skipped) if self._early is not None else {}
+            self._residency.settle([layout.unit for layout in self.layouts if layout.unit.index not in begun])
+            prepared = self._stepper.prepare(self._groups, decision.grad_scale, begun)
             made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
             self._stepper.book(prepared)
             self._gradients.drop()
             self._step += 1
             if self._log is not None:
-                self._log.changed(made)
+                self._log.changed({**begun, **made})
                 self._log.stage(self._step, {})
             if self.config.update == "step":
                 self._residency.settle()
@@ -334,21 +410,23 @@ class Simulation:
         config, sites = self.config, self.partition.call_sites
         forward_s = sum(self._seconds(site)[0] for site in sites)
         backward_s = sum(self._seconds(site)[1] for site in sites)
+        num = config.micro_batches
         work = step_work(
             self.layouts,
             self.plan.homes,
             one_memory=self.rig.one_memory,
-            micro_batches=config.micro_batches,
-            vertical=False,
+            micro_batches=num,
+            vertical=self._vertical or num == 1,
             commit_interval=config.commit_interval,
             reuse_nbytes=self.slots.capacity_nbytes,
         )
+        first_s = forward_s * (num if self._vertical else 1)
         return lower_bound(
             work,
             self.rig,
-            forward_s=forward_s,
-            backward_s=backward_s + (config.micro_batches - 1) * (forward_s + backward_s),
-            alpha=update_share(config.update, clips=config.clip_grad_norm is not None),
+            forward_s=first_s,
+            backward_s=num * (forward_s + backward_s) - first_s,
+            alpha=update_share(self._mode, clips=config.clip_grad_norm is not None),
         )
 
     @contextlib.contextmanager
@@ -362,7 +440,7 @@ class Simulation:
         spans, waits = self._trace.drain()
         now_s = self._thread.time()
         seconds, self._since_s = now_s - self._since_s, now_s
-        waited_s: Counter[str] = Counter()
+        waited_s: defaultdict[str, float] = defaultdict(float)
         for wait in waits:
             waited_s[wait.unit] += wait.end_s - wait.start_s
         busy = busy_s(spans)
@@ -406,9 +484,14 @@ def simulated_config(rig: Rig, **settings: Any) -> OffloadConfig:
 
     Raises: ValueError as `OffloadConfig` does.
     """
-    own = {"host_memory": rig.sizes.host, "nvme": Path("simulated") if rig.drive is not None else None}
+    own: dict[str, Any] = {"host_memory": rig.sizes.host, "nvme": Path("simulated") if rig.drive is not None else None}
     if rig.link is not None:
         own["device_memory"] = rig.sizes.device
+    elif settings.get("device_memory", "auto") != "auto":
+        raise ValueError(
+            f"device_memory={settings['device_memory']!r}, but on {rig.name!r} device and host are the same memory; "
+            "set host_memory only"
+        )
     return OffloadConfig(**{**own, **settings})
 
 

@@ -115,7 +115,7 @@ class VirtualLoopThread(LoopThread):
 
     def __init__(self, max_turns: int = 20_000_000) -> None:
         self._max_turns = max_turns
-        self._loop: VirtualLoop = VirtualLoop()  # type: ignore[assignment]
+        self._loop: VirtualLoop = VirtualLoop()
         self._closed = False
 
     def time(self) -> float:

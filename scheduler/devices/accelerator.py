@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ class StreamEvent:
     def wait_on(self, stream: torch.Stream) -> None:
         stream.wait_event(self._event)
 
+    def has_passed(self) -> bool:
+        return bool(self._event.query())
+
     def synchronize(self) -> None:
         self._event.synchronize()
 
@@ -41,6 +46,7 @@ class AcceleratorDevice(Device):
     Streams, each used by one lane's only thread:
         h2d: host -> slot copies; the slot's last reader on compute -> h2d (event `after`) -> host waits.
         d2h: gradient -> host copies; the gradient's writer on compute -> d2h (event `after`) -> host waits.
+        update: optimizer kernels on chunks of states; the host has waited for h2d -> update -> host waits -> d2h.
     The compute stream is never cached: it is whatever stream is current in the thread that records.
     """
 
@@ -51,6 +57,7 @@ class AcceleratorDevice(Device):
         self._module = torch.get_device_module(self.torch_device)
         self._h2d = torch.Stream(device=self.torch_device)
         self._d2h = torch.Stream(device=self.torch_device)
+        self._update = torch.Stream(device=self.torch_device)
         self.base_event = torch.Event(device=self.torch_device, enable_timing=True)
         self.base_event.record(torch.accelerator.current_stream(self.torch_device))
         self.base_event.synchronize()
@@ -108,6 +115,11 @@ class AcceleratorDevice(Device):
         with stream:
             dst.copy_(src, non_blocking=True)
         stream.synchronize()
+
+    def compute(self, work: Callable[..., None], *args: Any) -> None:
+        with self._update:
+            work(*args)
+        self._update.synchronize()
 
     def record(self) -> Event:
         event = torch.Event(device=self.torch_device, enable_timing=True)

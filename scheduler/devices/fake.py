@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +37,14 @@ class FakeDevice(Device):
     """A device in host memory that behaves like a hurried accelerator with a slow link.
 
     Copies run in the copy lanes' threads, wait a random time first and write their destination in two halves
-    with a pause between them, so that a reader who does not wait sees NaN or half a tensor. Buffers that are given
+    with a pause between them, so that a reader who does not wait sees NaN or half a tensor. Kernels begin after a random
+    time as well, so that who does not wait for them sees what was there before. Buffers that are given
     back are filled with NaN bytes at once, so that a reader who holds on to one computes NaN. With a bandwidth a copy
     takes at least its bytes over it; the two directions do not disturb each other.
 
     Args:
         seed: of the random delays.
-        max_delay_s: each copy waits a uniform time in [0, max_delay_s) twice.
+        max_delay_s: each copy waits a uniform time in [0, max_delay_s) twice, each kernel once.
         capacity_nbytes: what `free_nbytes` says, for device_memory="auto".
         h2d_gb_s, d2h_gb_s: bandwidth to and from the device in 1e9 bytes per second; None: as fast as memory.
     """
@@ -81,13 +84,20 @@ class FakeDevice(Device):
         end_s = direction.book(src.numel())
         half = src.numel() // 2
         for part in (slice(0, half), slice(half, None)):
-            with self._lock:
-                delay_s = self._random.uniform(0.0, self._max_delay_s)
-            time.sleep(delay_s)
+            self._dawdle()
             dst[part].copy_(src[part])
         rest_s = end_s - time.perf_counter()
         if rest_s > 0:
             time.sleep(rest_s)
+
+    def compute(self, work: Callable[..., None], *args: Any) -> None:
+        self._dawdle()
+        work(*args)
+
+    def _dawdle(self) -> None:
+        with self._lock:
+            delay_s = self._random.uniform(0.0, self._max_delay_s)
+        time.sleep(delay_s)
 
     def record(self) -> Event:
         return HostEvent()

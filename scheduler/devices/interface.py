@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from ..hostmem import allocate_pages
 
 class Event(Protocol):
     """A point in the compute order of the thread that recorded it."""
+
+    def has_passed(self) -> bool:
+        """Whether everything before the event has run. Never blocks."""
 
     def synchronize(self) -> None:
         """Block the calling thread until everything before the event has run."""
@@ -30,6 +34,9 @@ class HostEvent:
     def __init__(self) -> None:
         self._time_s = time.perf_counter()
 
+    def has_passed(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         return
 
@@ -43,6 +50,7 @@ class Device(ABC):
     `upload` and `download` are called in the thread of a copy lane and block that thread until the bytes have
     arrived, so whoever awaits the lane owns finished bytes and compute needs no event for them. The other direction
     does: `after` is the compute event behind which the destination may be overwritten or the source is complete.
+    `compute` is called in the thread of a lane as well, and blocks it until the results are in device memory.
     """
 
     name: str
@@ -68,6 +76,11 @@ class Device(ABC):
     @abstractmethod
     def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
         """Copy uint8 device -> host once `after` has passed; returns when the bytes are there."""
+
+    def compute(self, work: Callable[..., None], *args: Any) -> None:
+        """Call `work(*args)`, which gives kernels to the device beside the training thread's; returns when they have
+        run. What they read has arrived before, and nobody else uses what they write."""
+        work(*args)
 
     @abstractmethod
     def record(self) -> Event:

@@ -1,6 +1,7 @@
 """`offload simulate` and the simulated regimes: compute is that of the model, refusals are one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from offload.bench.models.gpt import preset
 from offload.bench.regimes import regime
 from offload.bench.rigs import find
 from offload.bench.schedule_table import AS_IT_IS, Feature, compute_seconds
-from offload.bench.simulate import gpt_on_meta, gpt_seconds, simulate_regime
+from offload.bench.simulate import call_seconds, gpt_on_meta, gpt_seconds, simulate_regime
 from offload.simulation import Simulation, simulated_config
 
 
@@ -75,3 +76,11 @@ def test_a_regime_is_simulated_as_it_is_measured() -> None:
     assert hidden.compute_s == pytest.approx(sum(seconds))
     assert max(one.update_s, sum(seconds)) < hidden.seconds < waiting.seconds
     assert hidden.busy_s["cpu"] == pytest.approx(one.update_s, rel=0.02)
+    slower = simulate_regime(one, Feature(name="step", update="step"), seconds, call_s=0.01)
+    assert slower.seconds == pytest.approx(waiting.seconds + 2 * one.num_units * 0.01)
+
+
+def test_the_time_of_a_call_is_measured_without_the_paces() -> None:
+    """Paced, the two units would take half a minute."""
+    one = replace(regime("read"), num_units=2, width=64, compute_s=9.0, read_s=9.0)
+    assert call_seconds(one, steps=1) > 0
