@@ -1,4 +1,5 @@
-"""Speed of the kernels beside what the memory gives: one row per (kernel, implementation).
+"""Speed of the kernels beside what the memory gives: one row per (kernel, implementation). What an
+accelerator does with them is `device_kernels`.
 
 The roof of a row is measured in the same run, with the same threads, the same chunks and the same streams: a pass
 that reads, writes or updates in place arrays of the same widths, on the same kind of pages, and does next to no
@@ -16,7 +17,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,8 @@ CHUNKS_PER_THREAD = 8  # a thread that is held up leaves its later ones to the o
 READ, UPDATE, WRITE = 0, 1, 2
 ADAMW = optimizer.AdamScalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3, decoupled=True)
 SGD = optimizer.SgdScalars(lr=1e-3, momentum=0.9, dampening=0.0, weight_decay=0.1, nesterov=False, first=False)
+Timed = Callable[[Callable[[], object]], tuple[float, float]]
+TRITON = "triton"  # what "auto" takes for tensors of a GPU
 SPLIT_ADAMW = ("adamw", "split master, bf16 grad")
 
 
@@ -119,19 +122,35 @@ def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> l
         spans = [(start, min(chunk, elements - start)) for start in range(0, elements, chunk)]
         share = functools.partial(_share, executor, threads)
         passes = _passes(case, spans, share)
-        roof_pass = _roof_pass(case, elements, spans, share)
-        best = {name: (float("inf"), float("inf")) for name in passes}
-        best_roof_s = float("inf")
-        for one_pass in passes.values():
-            one_pass()  # touches every page, fills scratch memory, compiles what a peer compiles
-        for repetition in range(repetitions):
-            if roof_pass is not None:
-                best_roof_s = min(best_roof_s, _timed(roof_pass)[0])
-            for name, one_pass in passes.items():
-                if name == "reference" and repetition % 5:
-                    continue  # slow
-                wall_s, cpu_s = _timed(one_pass)
-                best[name] = min(best[name][0], wall_s), min(best[name][1], cpu_s)
+        return take_turns(case, elements, threads, passes, _roof_pass(case, elements, spans, share), repetitions, timed)
+
+
+def take_turns(
+    case: Case,
+    elements: int,
+    threads: int,
+    passes: Mapping[str, Callable[[], object]],
+    roof_pass: Callable[[], object] | None,
+    repetitions: int,
+    timed: Timed,
+) -> list[Row]:
+    """A row for each of `passes` (by implementation) over all elements, timed in turns with the pass that is the roof.
+
+    Args:
+        timed: runs a pass to its end and gives its wall seconds and CPU seconds.
+    """
+    best = {name: (float("inf"), float("inf")) for name in passes}
+    best_roof_s = float("inf")
+    for one_pass in passes.values():
+        one_pass()  # touches every page, fills scratch memory, compiles what a peer compiles
+    for repetition in range(repetitions):
+        if roof_pass is not None:
+            best_roof_s = min(best_roof_s, timed(roof_pass)[0])
+        for name, one_pass in passes.items():
+            if name == "reference" and repetition % 5:
+                continue  # slow
+            wall_s, cpu_s = timed(one_pass)
+            best[name] = min(best[name][0], wall_s), min(best[name][1], cpu_s)
     return [
         Row(
             name=case.name,
@@ -145,23 +164,23 @@ def measure_case(case: Case, elements: int, threads: int, repetitions: int) -> l
             roof_gb_per_s=None if roof_pass is None else case.bytes_per_element * elements / best_roof_s / 1e9,
             of_roof=None if roof_pass is None else best_roof_s / wall_s,
             cpu_s_per_1e9=cpu_s / elements * 1e9,
-            bits_equal_reference=None if case.peer is not None else name == "reference" or bits_equal(case),
+            bits_equal_reference=None if case.peer is not None else name == "reference" or bits_equal(case, name),
         )
         for name, (wall_s, cpu_s) in best.items()
     ]
 
 
-def bits_equal(case: Case) -> bool:
-    """Whether native and reference leave the same bits in every array after one call on an odd range."""
-    results = []
-    for name in ("native", "reference"):
-        part = {key: value.clone() for key, value in _part(case.arrays, 0, 100_003).items()}
-        with dispatch.use(name):
-            value = case.call(**part)
-        results.append((part, value))
-    (left, left_value), (right, right_value) = results
-    return left_value == right_value and all(
-        torch.equal(left[key].view(torch.uint8), right[key].view(torch.uint8)) for key in left
+def bits_equal(case: Case, name: str = "native") -> bool:
+    """Whether implementation `name` leaves the same bits in every array, after one call on an odd range, as the
+    reference on the CPU."""
+    mine = {key: value.clone() for key, value in _part(case.arrays, 0, 100_003).items()}
+    definition = {key: value.clone().cpu() for key, value in mine.items()}
+    with dispatch.use("auto" if name == TRITON else name):
+        value = case.call(**mine)
+    with dispatch.use("reference"):
+        expected = case.call(**definition)
+    return value == expected and all(
+        torch.equal(mine[key].cpu().view(torch.uint8), definition[key].view(torch.uint8)) for key in mine
     )
 
 
@@ -183,8 +202,10 @@ def table(rows: list[Row]) -> str:
 
 
 def comparisons(rows: list[Row]) -> list[str]:
-    """What the split master is for: elements per second of native AdamW against each peer, from these rows."""
-    ours = [row for row in rows if (row.name, row.dtype_form, row.implementation) == (*SPLIT_ADAMW, "native")]
+    """What the split master is for: elements per second of AdamW, as the rows have it, against each peer among them."""
+    ours = [
+        row for row in rows if (row.name, row.dtype_form) == SPLIT_ADAMW and row.implementation in ("native", TRITON)
+    ]
     peers = [row for row in rows if row.bits_equal_reference is None]
     return [
         f"{row.name}, {row.dtype_form}: {row.elements_per_s / peer.elements_per_s:.2f} times the elements/s of "
@@ -243,7 +264,7 @@ def _roof_pass(
     return one_pass
 
 
-def _timed(function: Callable[[], object]) -> tuple[float, float]:
+def timed(function: Callable[[], object]) -> tuple[float, float]:
     """Wall seconds and CPU seconds of all threads."""
     wall, cpu = time.perf_counter(), time.process_time()
     function()

@@ -83,6 +83,25 @@ def uses_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _wanted() != "reference" and _has_triton()
 
 
+@cache
+def tune_once(device: torch.device) -> None:
+    """Let the Triton kernels find out how they are launched best on `device`; once in a process, and only on CUDA.
+
+    Takes a few seconds and 1.7 GB of the device, which it gives back. Where it fails the kernels run as they are.
+    """
+    if device.type != "cuda" or not uses_triton(device):
+        return
+    try:
+        with torch.cuda.device(device):
+            importlib.import_module(".triton.tuning", __package__).tune(device)
+    except Exception as error:
+        _LOG.warning(
+            "Kernels on %s keep their default launch shape, because measuring others failed (%s: %s).",
+            device, type(error).__name__, error,
+        )  # fmt: skip
+    torch.cuda.empty_cache()  # what the caching allocator holds on to counts as taken in the device's budget
+
+
 def _wanted() -> str:
     return _forced or _from_environment()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .residency import Staged
+from .staged import Staged
 from .units import CallSite
 
 

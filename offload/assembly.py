@@ -11,10 +11,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .config import OffloadConfig
-from .homes import Home
+from .homes import DeviceRing, Home
+from .kernels.dispatch import tune_once
 from .layout import KINDS, UnitLayout
 from .optimizers import OptimizerSpec
-from .plan import PLACED_KINDS, BudgetTooSmall, Plan, Planner
+from .plan import PLACED_KINDS, BudgetTooSmall, Plan, Planner, device_chunks
 from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
@@ -41,6 +42,7 @@ class Assembly:
     ring: Pool
     stage: Pool
     slots: Pool
+    device_ring: DeviceRing
     homes: Sequence[dict[str, Home]]
     resting: Sequence[Tensor | None]
     store: Store | None
@@ -55,7 +57,7 @@ class Assembly:
         for lease in self.leases:
             lease.release()
         self.leases.clear()
-        for pool in (self.rest, self.ring, self.stage, self.slots):
+        for pool in (self.rest, self.ring, self.stage, self.slots, self.device_ring.pool):
             pool.close()
 
 
@@ -65,6 +67,8 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     Raises: ValueError (BudgetTooSmall among them) for what the user can mend; OSError from the store.
     """
     device = config.open_device()
+    if config.device_share:
+        tune_once(device.torch_device)
     parameters = collect_parameters(module, config.dtype, config.keep_fp32)
     groups = spec.make_groups(parameters)
     host_nbytes = config.host_budget_nbytes()
@@ -81,7 +85,12 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
         stage = Pool(
             "host_memory (units on their way)", plan.stage_nbytes, device.allocate_host, device.release_host, poison
         )
-        slots = stage if device.one_memory else Pool("device_memory", plan.device_nbytes, device.allocate, None, poison)
+        slots = stage if device.one_memory else _device_pool("device_memory", plan.device_nbytes, device)
+        device_ring = DeviceRing(
+            device,
+            _device_pool("device_memory (chunks on their way)", plan.device_ring_nbytes, device),
+            frozenset(device_chunks(layouts, config.device_share)),
+        )
         extents = list(_extents(layouts, plan, config.commit_interval))
         store, scratch = _open_stores(config, extents, _identity(parameters, spec), lanes, undo)
         leases: list[Lease] = []
@@ -101,6 +110,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
         ring=ring,
         stage=stage,
         slots=slots,
+        device_ring=device_ring,
         homes=homes,
         resting=resting,
         store=store,
@@ -138,6 +148,7 @@ def _plan(
             one_memory=device.one_memory,
             has_nvme=bool(config.nvme_directories),
             forced=config.homes,
+            device_share=config.device_share,
         )
         try:
             return parts, layouts, planner.make()
@@ -148,6 +159,10 @@ def _plan(
             # A cut that failed on the host had passed on the device, so it is the host's budget that is in the way.
             host = [failure for failure in failures if failure.setting == "host_memory"]
             raise min(host or failures, key=lambda failure: failure.needed_nbytes) from None
+
+
+def _device_pool(name: str, nbytes: int, device: Device) -> Pool:
+    return Pool(name, nbytes, device.allocate, None, _poison if device.poison() else None, device.record)
 
 
 def _poison(buffer: Tensor) -> None:

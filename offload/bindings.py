@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .placeholders import Placeholder, PlaceholderOverwritten
-from .residency import Staged
+from .staged import Staged
 from .units import ParameterInfo
 
 
@@ -82,8 +82,7 @@ class Bindings:
         if self._closed:
             raise RuntimeError(
                 f"parameter {self._info[parameter].name!r} was read after engine.close(); its values are no longer "
-                f"at hand: "
-                "take engine.state_dict() before closing"
+                "at hand: take engine.state_dict() before closing"
             )
         with self._lock:
             self._placeholder[parameter].check()

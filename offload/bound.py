@@ -220,9 +220,10 @@ def lower_bound(
 def update_share(update: str, *, clips: bool) -> float | None:
     """The share of the update that a step must leave to the next forward: all where the norm comes first.
 
-    Speculation does not wait for the norm, and without clipping an update may begin with its unit's last gradient.
+    Speculation ("auto" may speculate) does not wait for the norm, and without clipping an update may begin with its
+    unit's last gradient.
     """
-    return 1.0 if clips and update != "speculative" else None
+    return 1.0 if clips and update not in ("speculative", "auto") else None
 
 
 def _busy(work: Work, compute_s: float, rig: Rig, compute_on_cores: bool) -> dict[str, float]:
@@ -270,6 +271,7 @@ class EngineBound:
         one_memory: bool,
         micro_batches: int,
         commit_interval: int | None,
+        reuse_nbytes: int,
         update: str,
         clips: bool,
     ) -> None:
@@ -284,6 +286,7 @@ class EngineBound:
                 micro_batches=micro_batches,
                 vertical=vertical,
                 commit_interval=commit_interval,
+                reuse_nbytes=reuse_nbytes,
             )
             for vertical in (False, True)
         }

@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from .activations import ActivationBudget, SavedTensors
 from .ambient import Autocast, RandomState, replayed
-from .residency import Staged
 from .scheduler.devices import Device
+from .staged import Staged
 from .tree import Rebuild, flatten, tensors_of, with_tensors
 from .turns import Turn
 from .units import CallSite
@@ -32,6 +32,7 @@ class CallHost(Protocol):
     """What a call asks of the engine."""
 
     device: Device
+    activations: ActivationBudget
 
     @property
     def recomputing(self) -> int:
@@ -40,10 +41,11 @@ class CallHost(Protocol):
     def before_call(self, site: CallSite) -> None:
         """A call of `site` is about to be made. Where micro-batches take turns, others may have theirs first."""
 
-    activations: ActivationBudget
-
     def hold(self, site: CallSite, recompute: bool = False) -> contextlib.AbstractContextManager[Sequence[Staged]]:
         """Inside, the site's units are on the device and their parameters show their values."""
+
+    def num_updates(self, site: CallSite) -> tuple[int, ...]:
+        """How many updates each of the site's units has had."""
 
     def forward_made(self, site: CallSite) -> Turn:
         """A call that backward may visit was made. Returns whose turn it is."""
@@ -124,6 +126,7 @@ class Call:
 
     def __init__(self, forward: UnitForward, leaves: list[Any], rebuild: Rebuild) -> None:
         self.forward = forward
+        self.kept: Kept | None = None  # first: what follows may raise, and `__del__` runs all the same
         self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
         self.boundary_nbytes = 0
         self.turn = Turn(0, None)
@@ -136,7 +139,7 @@ class Call:
         self.buffers: dict[str, Tensor] = {}
         self.stashed: list[tuple[nn.Module, str]] = []
         self.samples: list[Tensor] = []
-        self.kept: Kept | None = None
+        self.num_updates = forward.host.num_updates(forward.site)
         self._result_leaves: list[Any] = []
         self._result_rebuild: Rebuild | None = None
         self.turn = forward.host.forward_made(forward.site)
@@ -230,9 +233,8 @@ class Call:
         if not same:
             raise RuntimeError(
                 f"{self.forward.site.name!r} computed something else when its forward ran again in backward, so its "
-                f"gradients "
-                "would be wrong; it probably keeps state between calls (a key/value cache, a counter): switch that off "
-                "for training, e.g. use_cache=False"
+                "gradients would be wrong; it probably keeps state between calls (a key/value cache, a counter): "
+                "switch that off for training, e.g. use_cache=False"
             )
 
     def backward_kept(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
@@ -345,6 +347,11 @@ class UnitCall(torch.autograd.Function):
                 f"unit {site.name!r} was called inside torch.utils.checkpoint(use_reentrant=True); the "
                 "engine recomputes by itself: switch gradient checkpointing off, or give use_reentrant=False"
             )
+        if call.num_updates != host.num_updates(site):
+            raise RuntimeError(
+                f"backward through unit {site.name!r}, whose parameters a step has changed since this forward, so the "
+                "gradients would be of neither; make every backward before step(), or run forward again"
+            )
         tensors = ctx.saved_tensors
         host.backward_begins(site, call.turn)
         inputs: list[Tensor] = []
@@ -430,8 +437,7 @@ def _explained(site: CallSite) -> Iterator[None]:
         if "in-place" in str(error):
             error.add_note(
                 f"raised inside unit {site.name!r}, whose inputs must stay as they are for the recomputation in "
-                f"backward; "
-                "make the module write to a new tensor, or clone the input first"
+                "backward; make the module write to a new tensor, or clone the input first"
             )
         raise
 

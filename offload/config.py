@@ -55,6 +55,10 @@ class OffloadConfig:
             "step": `step()` waits until all units are updated.
             "auto": "speculative" where that is possible and at most 1 of the last 20 steps (at least 4) was clipped or
             skipped, else "next_forward".
+        update_on: where updates are computed, on a device with a memory of its own; the bits are the same.
+            "host": where the states rest or stream through, on the CPU's cores.
+            "device": states cross the link and back, in chunks that take a few MiB of device_memory.
+            f with 0 < f < 1: this share of the chunks on the device, the others on the host.
         durability: what survives a crash, where there is an NVMe tier: "step" (every finished step), N (every N-th),
             or "none" (half the space on the drives, and nothing survives). What rests in host memory is part of it.
         verify: whether every read from the store is compared with its checksum.
@@ -78,6 +82,7 @@ class OffloadConfig:
     clip_grad_norm: float | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
     update: Literal["auto", "next_forward", "backward", "speculative", "step"] = "auto"
+    update_on: Literal["host", "device"] | float = "host"
     durability: Literal["step", "none"] | int = "step"
     verify: bool = True
     resume: bool = False
@@ -95,6 +100,12 @@ class OffloadConfig:
             raise ValueError(f"clip_grad_norm={self.clip_grad_norm!r}; give a positive number, or None for no clipping")
         if self.update not in UPDATE_MODES:
             raise ValueError(f"update={self.update!r}; give one of {', '.join(map(repr, UPDATE_MODES))}")
+        is_share = isinstance(self.update_on, float) and 0 < self.update_on < 1
+        if self.update_on not in ("host", "device") and not is_share:
+            raise ValueError(
+                f'update_on={self.update_on!r}; give "host", "device", or the share of the chunks that the device '
+                "updates, a float between 0 and 1"
+            )
         if self.update == "backward" and self.clip_grad_norm is not None:
             raise ValueError(
                 f'update="backward" begins before the norm is known, so clip_grad_norm={self.clip_grad_norm} cannot be '
@@ -170,7 +181,8 @@ class OffloadConfig:
     def open_device(self) -> Device:
         """The device that `device` names.
 
-        Raises: ValueError if it names none that torch has here, or gives device_memory to a device without one.
+        Raises: ValueError if it names none that torch has here, or if device_memory or update_on are given to a device
+            without a memory of its own.
         """
         device = self._find_device()
         if device.one_memory and self.device_memory != "auto":
@@ -179,7 +191,19 @@ class OffloadConfig:
                 f"memory; "
                 "set host_memory only"
             )
+        if device.one_memory and self.update_on != "host":
+            raise ValueError(
+                f"update_on={self.update_on!r}, but without an accelerator there is only the host to update on; leave "
+                'update_on="host", or give device=... an accelerator'
+            )
         return device
+
+    @property
+    def device_share(self) -> float:
+        """The share of chunks that are updated on the device."""
+        if isinstance(self.update_on, float):
+            return self.update_on
+        return 1.0 if self.update_on == "device" else 0.0
 
     def chunk_numel(self) -> int:
         """Elements of one chunk, as which states stream."""

@@ -90,6 +90,7 @@ class EarlyUpdates:
     def decided(self, grad_scale: float, skipped: bool) -> Mapping[int, Future[None]]:
         """The step is decided. What was begun and is right as it is; the rest has been taken back (blocks).
 
+        Until `keep` it can still be taken back: whoever waits in between may be interrupted.
         Returns: for each such unit, what is done when its update is stored.
         """
         as_assumed = grad_scale == 1.0 and not skipped
@@ -98,10 +99,12 @@ class EarlyUpdates:
             self.take_back()
         if self._only_if_usual:
             self._enabled = len(self._unusual) >= MIN_STEPS_SEEN and sum(self._unusual) <= 1
-        made = self._made
-        self._forget()
         self._residency.end_early()
-        return made
+        return dict(self._made)
+
+    def keep(self) -> None:
+        """What was begun is now part of a step."""
+        self._forget()
 
     @property
     def has_begun(self) -> bool:
@@ -145,4 +148,4 @@ class EarlyUpdates:
         self._groups_then = None
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
-        return [copy.copy({k: v for k, v in group.items() if k != "params"}) for group in self._groups()]
+        return [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in self._groups()]

@@ -16,38 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .access import HostParameter, ParameterAccess
-from .activations import ActivationBudget
+from .access import HostParameter
 from .assembly import assemble
-from .bindings import Bindings
-from .bound import EngineBound
-from .calls import UnitForward
 from .config import OffloadConfig
-from .durable import CommitLog, RunState
-from .early import EarlyUpdates
-from .engine_optimizer import EngineOptimizer
-from .gradients import Gradients
-from .guards import Guards
-from .homes import ChunkStream
-from .hostheap import bound_heap, trim_heap
+from .hostheap import bound_heap
 from .info import MemoryReport, StepInfo
-from .journey import Journeys
 from .optimizers import OptimizerSpec
-from .order import UseOrder
 from .report import memory_report, unit_table
-from .residency import Residency
-from .runtime import CallRuntime
-from .scheduler.chrome import ChromeTrace, TracedStep
-from .scheduler.loop import LoopThread
-from .scheduler.trace import Wait, busy_s, exposed_s, moved_nbytes
-from .step import Decision, Stepper, clip_factor
-from .units import CallSite
-from .updates import PendingUpdates
-from .usage import ComputeRecord
-from .values import Values
-from .vertical import LossFn, VerticalSchedule
-
-MIN_UPDATE_WINDOW_NBYTES = 32 << 20
+from .step import clip_factor
+from .takeover import is_taken_over
+from .vertical import LossFn
+from .wiring import wire
 
 _open_engines: weakref.WeakSet[OffloadEngine] = weakref.WeakSet()
 
@@ -79,7 +58,7 @@ class OffloadEngine:
     def __init__(self, module: nn.Module, optimizer: OptimizerSpec, config: OffloadConfig | None = None) -> None:
         self.config = config if config is not None else OffloadConfig()
         self.module = module
-        if isinstance(module, OffloadEngine) or any(isinstance(m.forward, UnitForward) for m in module.modules()):
+        if isinstance(module, OffloadEngine) or is_taken_over(module):
             raise ValueError(
                 "the module has been wrapped by an engine, and a module can be wrapped once; build a new one and load "
                 "engine.state_dict() into it"
@@ -90,187 +69,67 @@ class OffloadEngine:
                 f"optimizer is {name}; give a spec such as offload.AdamW(lr=...), which takes torch.optim's arguments "
                 "without the parameters (AdamW, Adam, SGD)"
             )
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(num_threads)  # made explicit, so that threads started later compute with it too
+        torch.set_num_threads(torch.get_num_threads())  # explicit, so that threads started later compute with it too
         self._parts = parts = assemble(module, optimizer, self.config)
-        bound_heap(parts.host_budget_nbytes)
-        self._trace = parts.lanes.trace
         self.device = parts.device
         self._closed = False
-        self._loop = LoopThread()
-        stream = ChunkStream(parts.ring, parts.lanes)
-        self._compute = ComputeRecord(self._trace)
-        self._order = UseOrder(_first_order(parts.partition.call_sites))
-        self._updates = PendingUpdates()
-        self._residency = Residency(
-            parts.layouts,
-            parts.device,
-            self._loop,
-            parts.slots,
-            self._order,
-            Journeys(
-                parts.layouts,
-                parts.homes,
-                parts.resting,
-                parts.device,
-                parts.lanes,
-                parts.stage,
-                stream,
-                self._updates,
-            ),
-            self._updates,
-            2 * max(parts.plan.ring_nbytes, MIN_UPDATE_WINDOW_NBYTES),
-            self._trace,
-        )
-        room = self._residency.make_room if parts.device.one_memory else parts.stage.acquire
-        self._gradients = Gradients(
-            parts.layouts,
-            parts.homes,
-            parts.device,
-            parts.lanes,
-            self._loop,
-            room,
-            self.config.micro_batches,
-            self._residency.settled,
-        )
-        self._stepper = Stepper(
-            optimizer,
-            parts.parameters,
-            parts.layouts,
-            self._gradients,
-        )
-        self._access = ParameterAccess(
-            parts.layouts, parts.homes, stream, self._loop, parts.device.torch_device, self._residency.settled
-        )
-        self._bindings = Bindings(parts.parameters, parts.device.torch_device, self._read_private)
-        self._runtime = CallRuntime(
-            parts.device,
-            self._residency,
-            self._bindings,
-            self._gradients,
-            self._compute,
-            self._check_open,
-            num_threads,
-            self.config.micro_batches,
-            ActivationBudget(self.config.activation_budget_nbytes(parts.device)),
-        )
-        self._vertical = VerticalSchedule(
-            self, self.backward, self._note_loss, module, parts.parameters, self._runtime, self.config.micro_batches
-        )
-        self._values = Values(
-            module,
-            parts.parameters,
-            parts.layouts,
-            self._access,
-            self._gradients,
-            self._stepper.counts,
-            self._before_write,
-            self._after_write,
-        )
-        self.optimizer = EngineOptimizer(self, optimizer, parts.groups)
-        self._state = RunState(module, parts.parameters, parts.device, self._stepper.counts, self.optimizer)
-        self._bound = self._open_bound()
-        self._log = self._open_log()
-        self._early = self._open_early()
-        self._guards: Guards | None = None
         self._mid_step = False
-        self._took_turns = False
         self._grad_scale = 1.0
-        self._loss: Tensor | None = None
-        self._tokens: int | None = 0
         self._step = 0
-        self._since_s: float | None = None
-        self._chrome: ChromeTrace | None = None
-        dtypes = {info.parameter: info.parameter.dtype for info in parts.parameters}
         try:
-            self._take_over()
+            bound_heap(parts.host_budget_nbytes)
+            self._wire(optimizer)
         except BaseException:
-            self._give_back(dtypes)
+            parts.close()
+            raise
+        try:
+            self._takeover.begin(self._show, self._value_for_state_dict, self.drop_gradients)
+            self._begin_commits()
+        except BaseException:
+            self._takeover.undo()
             self._loop.close()
             parts.close()
             raise
         _open_engines.add(self)
 
-    def _open_log(self) -> CommitLog | None:
-        """The log of commits, where there is a store that outlives the process."""
-        store, every = self._parts.store, self.config.commit_interval
-        if store is None or every is None:
-            return None
-        return CommitLog(store, self._parts.layouts, self._parts.homes, self._loop, every)
-
-    def _open_bound(self) -> EngineBound | None:
-        rig = self.config.read_rig()
-        if rig is None:
-            return None
-        return EngineBound(
-            rig,
-            self._parts.layouts,
-            self._parts.plan.homes,
-            one_memory=self.device.one_memory,
-            micro_batches=self.config.micro_batches,
-            commit_interval=self.config.commit_interval,
-            update=self.config.update,
-            clips=self.config.clip_grad_norm is not None,
+    def _wire(self, optimizer: OptimizerSpec) -> None:
+        wired = wire(
+            self._parts,
+            self.module,
+            optimizer,
+            self,
+            check_open=self._check_open,
+            read_private=self._read_private,
+            before_write=self._before_write,
+            after_write=self._after_write,
         )
+        self._loop = wired.loop
+        self._order = wired.order
+        self._updates = wired.updates
+        self._residency = wired.residency
+        self._gradients = wired.gradients
+        self._stepper = wired.stepper
+        self._access = wired.access
+        self._bindings = wired.bindings
+        self._runtime = wired.runtime
+        self._vertical = wired.vertical
+        self._values = wired.values
+        self.optimizer = wired.optimizer
+        self._state = wired.state
+        self._log = wired.log
+        self._early = wired.early
+        self._record = wired.record
+        self._takeover = wired.takeover
 
-    def _open_early(self) -> EarlyUpdates | None:
-        """What begins updates in backward, where the configuration lets it."""
-        mode = self.config.update
-        if mode in ("next_forward", "step") or (mode == "auto" and self.config.commit_interval != 1):
-            return None
-        early = EarlyUpdates(
-            self._stepper,
-            self._residency,
-            [layout.unit for layout in self._parts.layouts],
-            lambda: self.optimizer.param_groups,
-            self._loop,
-            self._log,
-            revocable=mode != "backward",
-            only_if_usual=mode == "auto",
-        )
-        self._gradients.on_landing, self._gradients.on_complete = early.landing, early.complete
-        return early
-
-    def _take_over(self) -> None:
-        """Move all values to their homes, then put placeholders, hooks and guards in place."""
-        for layout in self._parts.layouts:
-            if self._log is not None and self.config.resume:
-                self._log.restore_resting(layout.unit.index)
-            else:
-                self._access.fill(layout)
-            for member in layout.members:
-                self._bindings.release(member.info.parameter)
-        trim_heap()
-        for part in self.module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    part._buffers[name] = buffer.to(self.device.torch_device)
-        self._guards = Guards(
-            self.module, self._parts.parameters, self._show, self._value_for_state_dict, self.drop_gradients
-        )
-        for site in self._parts.partition.call_sites:
-            site.module.__dict__["forward"] = UnitForward(site, self._runtime)
-        self._runtime.attach(self._parts.parameters)
-        if self._log is not None and self.config.resume:
+    def _begin_commits(self) -> None:
+        """Go on from the committed step, or commit the values that the module came with as step 0; blocks."""
+        if self._log is None:
+            return
+        if self.config.resume:
             self._step = self._state.restore(self._log.committed_state)
-        elif self._log is not None:
-            self._log.changed(dict.fromkeys(range(len(self._parts.layouts))))
-            self._log.stage(0, self._state.capture(0), force=True)
-            self._log.launch(self._state.capture_tracked)
-            self._log.wait()
-
-    def _give_back(self, dtypes: Mapping[nn.Parameter, torch.dtype]) -> None:
-        """Construction failed: the module gets back what was taken from it, as far as the store can still be read."""
-        if self._guards is not None:
-            self._guards.remove()
-        self._runtime.detach()
-        for site in self._parts.partition.call_sites:
-            site.module.__dict__.pop("forward", None)
-        for layout in self._parts.layouts:
-            taken = [p for p in layout.by_parameter if self._bindings.is_released(p)]
-            if taken and not self.config.resume:
-                for parameter, host in self._access.read(layout, taken, states=False).items():
-                    self._bindings.restore(parameter, host.value.to(dtypes[parameter]))
+            return
+        self._log.changed(dict.fromkeys(range(len(self._parts.layouts))))
+        self._commit_now()
 
     # -- training
 
@@ -282,31 +141,18 @@ class OffloadEngine:
         self._order.begin("train" if with_graph else "eval")
         self._residency.ask_prefetch()
         if with_graph:
-            self._count_tokens(args)
-            if self._since_s is None:
-                self._since_s = time.perf_counter()
+            self._record.forward_begins(args)
         with self._runtime.forward_pass():
             result = self.module(*args, **kwargs)
         if not with_graph and not self._runtime.accumulating:
-            self._forget_evaluation()
+            self._record.forget_evaluation()
         return result
-
-    def _forget_evaluation(self) -> None:
-        """Evaluation belongs to no step: neither its time nor its record, which would grow for as long as it lasts."""
-        self._since_s = None
-        self._compute.forget()
-        self._trace.forget_fetches()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """`loss.backward(**kwargs)`; the loss is also noted for `StepInfo`. Nothing is scaled."""
         self._enter()
         loss.backward(**kwargs)
-        self._note_loss(loss)
-
-    def _note_loss(self, loss: Tensor) -> None:
-        if loss.numel() == 1:
-            value = loss.detach().reshape(())
-            self._loss = value if self._loss is None else self._loss + value
+        self._record.note_loss(loss)
 
     def train_step(
         self, batches: Sequence[Any], loss_fn: LossFn | None = None, reduction: Literal["mean", "sum"] = "mean"
@@ -334,11 +180,11 @@ class OffloadEngine:
             nothing is accumulated; otherwise as `step`.
         """
         self._enter()
-        num, self._took_turns = self._vertical.run(batches, loss_fn, reduction)
+        num, self._record.took_turns = self._vertical.run(batches, loss_fn, reduction)
         try:
             return self.step(partial=num < self.config.micro_batches)
         finally:
-            self._took_turns = False
+            self._record.took_turns = False
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
         """Clip the gradients accumulated so far, as `torch.nn.utils.clip_grad_norm_` does; returns the norm before.
@@ -375,8 +221,7 @@ class OffloadEngine:
         self._enter()
         self._runtime.check_accumulation(partial)
         self._bindings.drop_private()
-        loss = None if self._loss is None else float(self._loss)
-        tokens = self._tokens
+        loss, tokens = self._record.loss(), self._record.tokens
         wait_from_s = time.perf_counter()
         decision = self._stepper.decide(
             self._grad_scale, self.config.clip_grad_norm, loss, may_skip=self.config.update != "backward"
@@ -395,9 +240,8 @@ class OffloadEngine:
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
         if self.config.update == "step":
             self._residency.settle()
-        now_s = time.perf_counter()
-        self._trace.add_wait(Wait(wait_from_s, now_s, "step"))
-        info = self._account(loss, tokens, decision, now_s)
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        info = self._record.end_step(self._step, loss, tokens, decision, lr, wait_from_s)
         self._residency.ask_prefetch()
         return info
 
@@ -407,7 +251,10 @@ class OffloadEngine:
         self._mid_step = True
         made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
         self._stepper.book(prepared)
-        self._values_changed()
+        if self._early is not None:
+            self._early.keep()
+        self._runtime.updates_launched([*begun, *made])
+        self._takeover.values_changed()
         if self._log is not None:
             self._log.changed({**begun, **made})
 
@@ -420,8 +267,7 @@ class OffloadEngine:
         for info in self._parts.parameters:
             info.parameter.grad = None
         self._grad_scale = 1.0
-        self._loss = None
-        self._tokens = 0
+        self._record.forget_accumulation()
         self._runtime.forget()
 
     def train(self, mode: bool = True) -> OffloadEngine:
@@ -461,9 +307,13 @@ class OffloadEngine:
         self._log.launch(self._state.capture_tracked)
         self._log.wait()
         if self._log.steps_done < self._step or self._log.has_changes:
-            self._log.stage(self._step, self._state.capture(self._step), force=True)
-            self._log.launch(self._state.capture_tracked)
-            self._log.wait()
+            self._commit_now()
+
+    def _commit_now(self) -> None:
+        assert self._log is not None
+        self._log.stage(self._step, self._state.capture(self._step), force=True)
+        self._log.launch(self._state.capture_tracked)
+        self._log.wait()
 
     # -- values
 
@@ -486,11 +336,11 @@ class OffloadEngine:
         """The module's state dict in full precision (fp32 masters) in host memory, read unit by unit."""
         self._check_open()
         self._take_back_early()
-        self._values_changed()
+        self._takeover.values_changed()
         try:
             return self._values.state_dict()
         finally:
-            self._values_changed()
+            self._takeover.values_changed()
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
         """Set parameters and buffers from `state_dict`, unit by unit; optimizer states stay.
@@ -520,11 +370,7 @@ class OffloadEngine:
         None ends the trace, and so does `close()`. Raises: OSError for a path that cannot be written.
         """
         self._check_open()
-        before, self._chrome = self._chrome, None
-        if before is not None:
-            before.close()
-        if path is not None:
-            self._chrome = ChromeTrace(path)
+        self._record.write_to(path)
 
     def __str__(self) -> str:
         return unit_table(self._parts)
@@ -547,8 +393,7 @@ class OffloadEngine:
         finally:
             self._closed = True
             _open_engines.discard(self)
-            if self._chrome is not None:
-                self._chrome.close()
+            self._record.write_to(None)
             self._bindings.close()
             self._runtime.detach()
             if self._log is not None:
@@ -590,8 +435,7 @@ class OffloadEngine:
 
     def _take_back_early(self) -> None:
         """Before anybody looks at values of a step that is not decided: they are those of before."""
-        last_backward_is_done = self._gradients.num_backwards >= self.config.micro_batches
-        if self._early is not None and (self._early.has_begun or last_backward_is_done):
+        if self._early is not None and (self._early.has_begun or self._gradients.last_in_flight):
             with contextlib.suppress(Exception):  # a gradient that failed to land is raised by step()
                 self._gradients.wait()
             self._early.take_back()
@@ -607,13 +451,9 @@ class OffloadEngine:
 
     def _after_write(self, unit: int) -> None:
         self._loop.call_soon(self._residency.admit, [self._parts.layouts[unit].unit])
-        self._values_changed()
+        self._takeover.values_changed()
         if self._log is not None:
             self._log.changed({unit: None})
-
-    def _values_changed(self) -> None:
-        assert self._guards is not None
-        self._guards.values_changed()
 
     def _read_private(self, parameter: nn.Parameter) -> Tensor:
         self._take_back_early()
@@ -626,44 +466,6 @@ class OffloadEngine:
         self._check_open()
         self._take_back_early()
         return self._values.for_state_dict(parameter)
-
-    def _count_tokens(self, args: tuple[Any, ...]) -> None:
-        first = args[0] if args else None
-        if self._tokens is not None and isinstance(first, Tensor) and not first.dtype.is_floating_point:
-            self._tokens += first.numel()
-        else:
-            self._tokens = None
-
-    def _account(self, loss: float | None, tokens: int | None, decision: Decision, now_s: float) -> StepInfo:
-        self._compute.settle()
-        spans, waits = self._trace.drain()
-        since_s = self._since_s if self._since_s is not None else now_s
-        seconds = now_s - since_s
-        self._since_s = now_s
-        bound_s = None if self._bound is None else self._bound.of(spans, self._took_turns).bound_s
-        if self._chrome is not None:
-            self._chrome.add(
-                TracedStep(step=self._step, start_s=since_s, end_s=now_s, spans=spans, waits=waits, bound_s=bound_s)
-            )
-        return StepInfo(
-            step=self._step,
-            loss=loss,
-            grad_norm=decision.grad_norm,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
-            skipped=decision.skipped,
-            seconds=seconds,
-            tokens=tokens,
-            nbytes=moved_nbytes(spans),
-            busy_s=busy_s(spans),
-            exposed_s=exposed_s(spans, waits),
-            bound_s=bound_s,
-        )
-
-
-def _first_order(sites: tuple[CallSite, ...]) -> dict[str, list[int]]:
-    """Before the first pass: order of registration, and back."""
-    forward = [unit.index for site in sites for unit in site.units]
-    return {"train": forward + forward[::-1], "eval": forward}
 
 
 def _close_all() -> None:

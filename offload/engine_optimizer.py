@@ -50,8 +50,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if hasattr(self, "_sealed"):
             raise RuntimeError(
                 "add_param_group on engine.optimizer; the engine places all states when it is built: give the groups "
-                "to the "
-                "optimizer's spec, e.g. AdamW(groups=[...])"
+                "to the optimizer's spec, e.g. AdamW(groups=[...])"
             )
         # The plain function: torch's wrapper loads its compiler at the first call, 150 MB of resident memory.
         add = torch.optim.Optimizer.add_param_group

@@ -53,7 +53,8 @@ class Gradients:
         settled: returns when no update of the given units is pending or being stored.
 
     Attributes: on_landing and on_complete, called on the loop with a unit's index when a gradient for it is on its way,
-    and when the unit's gradient of the whole step has come home.
+    and when the unit's gradient of the whole step has come home; last_in_flight, whether gradients of the step's last
+    backward have been sent that nobody has waited for, each of which may still complete a unit.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Gradients:
         self._arrived_in: dict[nn.Parameter, int] = {}
         self._squares: dict[nn.Parameter, float] = {}
         self._failure: BaseException | None = None
+        self.last_in_flight = False
         self.num_backwards = 0
         self.on_landing: Callable[[int], None] = lambda unit: None
         self.on_complete: Callable[[int], None] = lambda unit: None
@@ -112,8 +114,7 @@ class Gradients:
         if gradient.layout != torch.strided:
             raise TypeError(
                 f"parameter {self._member[parameter].info.name!r} has a {gradient.layout} gradient; the engine's "
-                f"optimizers "
-                "are dense: build the module with sparse=False"
+                "optimizers are dense: build the module with sparse=False"
             )
         with self._lock:
             if self._turns is not None:
@@ -198,6 +199,7 @@ class Gradients:
         for parameter in gradients:
             self._arrived_in.setdefault(parameter, self.num_backwards)
         is_last = self.num_backwards + (self._turns.num if self._turns is not None else 1) >= self._micro_batches
+        self.last_in_flight |= is_last
         is_small = sum(c.gradient.nbytes for c in contributions) <= SMALL_NBYTES
         slots = self._small_slots if is_small else self._slots
         self._wait_for_slot(slots, self._layouts[unit].unit.name)
@@ -312,11 +314,12 @@ class Gradients:
 
         Raises: what a lane raised, again at every call until `drop`: what has landed is not the step's gradient.
         """
-        in_flight, self._in_flight = self._in_flight, []
-        concurrent.futures.wait(in_flight)
-        errors = [error for future in in_flight if (error := future.exception()) is not None]
+        concurrent.futures.wait(self._in_flight)  # may be interrupted, and is then begun anew by the next call
+        errors = [error for future in self._in_flight if (error := future.exception()) is not None]
         if self._failure is None and errors:
             self._failure = errors[0]
+        self._in_flight = []
+        self.last_in_flight = False
         if self._failure is not None:
             raise self._failure
 
@@ -378,6 +381,7 @@ class Gradients:
             except Exception:
                 continue  # a gradient that is dropped may have failed to land
         self._in_flight = []
+        self.last_in_flight = False
         self._failure = None
         with self._lock:
             self._harvest = {}

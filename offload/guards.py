@@ -31,8 +31,8 @@ class GradientInEngine(Tensor):
             return super().__torch_function__(func, types, args, kwargs or {})
         raise RuntimeError(
             f"{getattr(func, '__name__', func)!r} on a gradient that lives in the engine; clip with "
-            f"engine.clip_grad_norm_(...) "
-            "or OffloadConfig(clip_grad_norm=...), read or edit it inside `with engine.gather(..., write=True)`"
+            "engine.clip_grad_norm_(...) or OffloadConfig(clip_grad_norm=...), read or edit it inside "
+            "`with engine.gather(..., write=True)`"
         )
 
 

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from .layout import KINDS, Chunk, ChunkArrays, UnitLayout
+from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Pool
 from .scheduler.storage import NEEDED_SOON
@@ -88,17 +89,38 @@ async def gather_all(coroutines: Iterable[Awaitable[None]]) -> None:
             raise result
 
 
+@dataclass(frozen=True, eq=False)
+class DeviceRing:
+    """A device with a memory of its own on which the work on some chunks runs.
+
+    Args:
+        pool: device memory; a chunk in flight takes one lease, for all of its kinds.
+        chunks: the chunks that are updated there.
+    """
+
+    device: Device
+    pool: Pool
+    chunks: Collection[Chunk]
+
+
 class ChunkStream:
     """Streams chunks of units through a fixed ring, so that staging does not grow with the size of a unit.
 
+    A chunk that is updated on the device goes on from the ring in host memory into one there, is worked on, and comes
+    back into the same host buffers. Each direction of the link and the device have their own lane, and the ring holds
+    several chunks, so that all three work at once.
+
     Args:
         ring: the pool that staging for kinds in the store is leased from.
-        lanes: for the `cpu` lane, in which the work on a chunk runs.
+        lanes: for the `cpu` lane, in which the work on a chunk runs, and the link's and `compute` where it runs on the
+            device.
+        device_ring: which chunks are updated on the device; None: all on the host.
     """
 
-    def __init__(self, ring: Pool, lanes: Lanes) -> None:
+    def __init__(self, ring: Pool, lanes: Lanes, device_ring: DeviceRing | None = None) -> None:
         self._ring = ring
         self._lanes = lanes
+        self._device_ring = device_ring
 
     async def visit(
         self,
@@ -114,8 +136,9 @@ class ChunkStream:
         present: bool = False,
         computed: Callable[[], None] | None = None,
         needed: int = NEEDED_SOON,
+        may_use_device: bool = False,
     ) -> None:
-        """Call `work(chunk, arrays)` once for each chunk, in `cpu` threads, several chunks in flight.
+        """Call `work(chunk, arrays)` once for each chunk, in a lane's thread, several chunks in flight.
 
         Kinds in `reads` hold their bytes when `work` runs; kinds in `writes` are stored afterwards. Kinds that rest in
         host memory are worked on where they rest. Raises what a lane or `work` raises, after all chunks have let go.
@@ -125,10 +148,21 @@ class ChunkStream:
             present: what is `held` holds the bytes of its home already.
             computed: called on the loop after `work` has run on a chunk, before it is stored.
             needed: orders the reads in the queues of the drives.
+            may_use_device: `work` takes arrays in host memory or on the device, and leaves the same bits in both.
         """
         chosen = layout.chunks if chunks is None else chunks
         visit = _Visit(
-            layout, homes, work, frozenset(reads), frozenset(writes), label, held or {}, present, computed, needed
+            layout,
+            homes,
+            work,
+            frozenset(reads),
+            frozenset(writes),
+            label,
+            held or {},
+            present,
+            computed,
+            needed,
+            self._device_ring if may_use_device else None,
         )
         await gather_all(self._one(visit, chunk) for chunk in chosen)
 
@@ -157,16 +191,51 @@ class ChunkStream:
             await gather_all(
                 homes[kind].read(used[kind], buffers[kind], visit.needed) for kind in absent if kind in visit.reads
             )
-            arrays = visit.layout.chunk_arrays(chunk, buffers)
-            await self._lanes.cpu.run(
-                visit.work, chunk, arrays, unit=name, kind=visit.label, nbytes=sum(sizes.values())
-            )
+            if visit.device_ring is not None and chunk in visit.device_ring.chunks:
+                await self._work_on_device(visit, visit.device_ring, chunk, buffers)
+            else:
+                arrays = visit.layout.chunk_arrays(chunk, buffers)
+                await self._lanes.cpu.run(
+                    visit.work, chunk, arrays, unit=name, kind=visit.label, nbytes=sum(sizes.values())
+                )
             if visit.computed is not None:
                 visit.computed()
             await gather_all(homes[kind].write(used[kind], buffers[kind]) for kind in stored if kind in visit.writes)
         finally:
             if lease is not None:
                 lease.release()
+
+    async def _work_on_device(
+        self, visit: _Visit, ring: DeviceRing, chunk: Chunk, buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Bring the chunk's pieces (uint8 by kind, in host memory) to the device, work there, bring back what changed.
+
+        Invariant: each of the three begins when the one before it has ended for all kinds; the lease ends after all.
+        """
+        span: dict[str, Any] = {"unit": visit.layout.unit.name, "kind": visit.label}
+        sizes = {kind: buffer.numel() for kind, buffer in buffers.items()}
+        nbytes = sum(sizes.values())
+        lease = await ring.pool.acquire(nbytes, f"{visit.layout.unit.name} {visit.label}")
+        try:
+            there: dict[str, Tensor] = {}
+            offset = 0
+            for kind, size in sizes.items():
+                there[kind] = lease.buffer[offset : offset + size]
+                offset += size
+            await gather_all(
+                self._lanes.h2d.run(ring.device.upload, there[k], buffers[k], lease.fence, **span, nbytes=sizes[k])
+                for k in buffers
+                if k in visit.reads
+            )
+            arrays = visit.layout.chunk_arrays(chunk, there)
+            await self._lanes.compute.run(ring.device.compute, visit.work, chunk, arrays, **span, nbytes=nbytes)
+            await gather_all(
+                self._lanes.d2h.run(ring.device.download, buffers[k], there[k], None, **span, nbytes=sizes[k])
+                for k in buffers
+                if k in visit.writes
+            )
+        finally:
+            lease.release()
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,3 +252,4 @@ class _Visit:
     present: bool
     computed: Callable[[], None] | None
     needed: int
+    device_ring: DeviceRing | None

@@ -12,6 +12,7 @@ from torch import Tensor
 from .homes import ChunkStream, Home, gather_all
 from .layout import UnitLayout
 from .scheduler.devices import Device
+from .scheduler.fence import Fence
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool
 from .units import Unit
@@ -64,7 +65,13 @@ class Journeys:
         return sum(self._layouts[unit].nbytes(kind) for kind in ("param", "states", "grad"))
 
     async def fetch(
-        self, unit: Unit, slot: Tensor | None, needed: int, pending: Pending | None, old_in_slot: bool
+        self,
+        unit: Unit,
+        slot: Tensor | None,
+        needed: int,
+        pending: Pending | None,
+        old_in_slot: bool,
+        after: Fence | None = None,
     ) -> Tensor:
         """Fill `slot` with the unit's parameters, after making its pending update if it has one.
 
@@ -74,11 +81,14 @@ class Journeys:
         Args:
             slot: uint8 [staged_nbytes] on the device; None where the unit computes from where it rests.
             old_in_slot: the slot still holds the parameters that the update starts from.
+            after: what compute may still read of the buffer to compute from; nothing is written into it before.
 
         Returns: the buffer to compute from.
         """
         resting = self._resting[unit.index]
         lease: Lease | None = None
+        if self._device.one_memory:
+            await self.passed(after, unit.name)
         if resting is not None:
             host = resting
         elif self._device.one_memory:
@@ -94,7 +104,7 @@ class Journeys:
             elif resting is None:
                 await self._read(unit, host, needed)
             if slot is not None and host is not slot:
-                await self._upload(unit, slot, host)
+                await self._upload(unit, slot, host, after)
         finally:
             if lease is not None:
                 self._release_stored(unit.index, lease)
@@ -201,7 +211,12 @@ class Journeys:
             if home.nbytes
         )
 
-    async def _upload(self, unit: Unit, slot: Tensor, source: Tensor) -> None:
+    async def _upload(self, unit: Unit, slot: Tensor, source: Tensor, after: Fence | None) -> None:
         await self._lanes.h2d.run(
-            self._device.upload, slot, source, None, unit=unit.name, kind="param", nbytes=source.numel()
+            self._device.upload, slot, source, after, unit=unit.name, kind="param", nbytes=source.numel()
         )
+
+    async def passed(self, fence: Fence | None, holder: str) -> None:
+        """Return when `fence` has passed; it is waited for in a lane's thread."""
+        if fence is not None and not fence.has_passed():
+            await self._lanes.cpu.run(fence.synchronize, unit=holder, kind="wait", nbytes=0)

@@ -94,6 +94,10 @@ class UnitLayout:
         """Bytes of the unit on the device: its param range and its frozen range, in this order."""
         return self.nbytes("param") + self.nbytes("frozen")
 
+    def chunk_nbytes(self, chunk: Chunk) -> int:
+        """Bytes of all of the chunk's pieces."""
+        return sum(self.pieces[kind][piece] for kind, piece in chunk.pieces.items())
+
     def _add_segment(self, segment: Segment, chunk_numel: int) -> None:
         itemsize = 2 if segment == "split" else 4
         base = self.nbytes("param")

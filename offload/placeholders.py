@@ -49,8 +49,7 @@ class Placeholder:
             raise PlaceholderOverwritten(
                 f"the values of parameter {self.name!r} live in the engine, but its `.data` was "
                 f"{'replaced' if replaced else 'written to'} while it was released, and the new values would be "
-                f"lost; edit "
-                f"it inside `with engine.gather({self.name!r}, write=True) as parameters:`"
+                f"lost; edit it inside `with engine.gather({self.name!r}, write=True) as parameters:`"
             )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .layout import UnitLayout
+from .layout import Chunk, UnitLayout
 from .scheduler.pool import page_ceil
 from .sizes import format_size
 from .units import CallSite
@@ -16,6 +17,15 @@ gradients and states one of each; gradients come before states because backward 
 
 RING_DEPTH, RING_DEPTH_MOST = 3, 8
 """Chunks in flight: one being read, one worked on, one written; and as many as keep a deep drive busy both ways."""
+
+DEVICE_RING_DEPTH = 4
+"""Chunks on the device: one arriving, one worked on, one leaving, and one that waits for the first to have arrived."""
+
+
+def device_chunks(layouts: Sequence[UnitLayout], share: float) -> list[Chunk]:
+    """The chunks that are updated on the device: `share` of all (0 to 1), evenly spread over all units."""
+    chunks = [chunk for layout in layouts for chunk in layout.chunks if chunk.segment != "frozen"]
+    return [chunk for k, chunk in enumerate(chunks) if math.floor((k + 1) * share) > math.floor(k * share)]
 
 
 class BudgetTooSmall(ValueError):
@@ -40,6 +50,7 @@ class Plan:
         ring_nbytes: host memory of the ring through which states stream.
         stage_nbytes: host memory for units and gradients on their way.
         device_nbytes: device memory for staged units (0 where it is the host's).
+        device_ring_nbytes: device memory for chunks that are updated there.
     """
 
     homes: tuple[Mapping[str, str], ...]
@@ -47,6 +58,7 @@ class Plan:
     ring_nbytes: int
     stage_nbytes: int
     device_nbytes: int
+    device_ring_nbytes: int
 
     @property
     def host_nbytes(self) -> int:
@@ -58,6 +70,7 @@ class Planner:
 
     Args:
         forced: kind -> tier for kinds that the user has placed.
+        device_share: the share of chunks that are updated on the device.
         has_nvme: whether there is an NVMe tier at all.
         one_memory: whether units compute in host memory.
     """
@@ -72,6 +85,7 @@ class Planner:
         one_memory: bool,
         has_nvme: bool,
         forced: Mapping[str, str],
+        device_share: float = 0.0,
     ) -> None:
         self._layouts = layouts
         self._sites = call_sites
@@ -80,6 +94,11 @@ class Planner:
         self._one_memory = one_memory
         self._has_nvme = has_nvme
         self._forced = forced
+        on_device = set(device_chunks(layouts, device_share))
+        self._device_item = max(
+            (layout.chunk_nbytes(chunk) for layout in layouts for chunk in layout.chunks if chunk in on_device),
+            default=0,
+        )
 
     def make(self) -> Plan:
         """Raises: BudgetTooSmall with the unit, the numbers and the smallest budget that works."""
@@ -105,7 +124,8 @@ class Planner:
             rest_nbytes=rest,
             ring_nbytes=ring,
             stage_nbytes=stage,
-            device_nbytes=self._device_nbytes,
+            device_nbytes=self._device_nbytes - self._device_ring(),
+            device_ring_nbytes=self._device_ring(),
         )
 
     def _may_spill(self, kind: str) -> bool:
@@ -115,14 +135,26 @@ class Planner:
         if self._one_memory:
             return
         need, who = self._largest_call()
-        if need > self._device_nbytes:
+        ring = f", and an update there {format_size(self._device_item)} for one chunk" if self._device_item else ""
+        smallest = need + self._device_item
+        if smallest > self._device_nbytes:
             raise BudgetTooSmall(
                 f"device_memory is {format_size(self._device_nbytes)}, but the call of {who} needs its parameters "
                 f"whole, "
-                f"{format_size(need)}; the smallest device_memory that works is {need} bytes",
-                need,
+                f"{format_size(need)}{ring}; the smallest device_memory that works is {smallest} bytes",
+                smallest,
                 "device_memory",
             )
+
+    def _device_ring(self) -> int:
+        """Bytes of the ring on the device: deep enough to overlap, as far as that leaves room for a unit to come while
+        a call runs."""
+        if not self._device_item:
+            return 0
+        call, _ = self._largest_call()
+        next_unit = max(page_ceil(layout.staged_nbytes) for layout in self._layouts)
+        depth = (self._device_nbytes - call - next_unit) // self._device_item
+        return self._device_item * min(max(depth, 1), DEVICE_RING_DEPTH)
 
     def _largest_call(self) -> tuple[int, str]:
         """Bytes of the parameters that one call needs at once, and its name."""

@@ -14,15 +14,14 @@ def memory_report(
 ) -> MemoryReport:
     """Bytes under the budgets, and what lies outside of them."""
     host = [pool.statistics() for pool in (parts.rest, parts.ring, parts.stage)]
-    device = parts.slots.statistics()
-    one_memory = parts.device.one_memory
+    device = [] if parts.device.one_memory else [pool.statistics() for pool in (parts.slots, parts.device_ring.pool)]
     return MemoryReport(
         host_budget_nbytes=parts.host_budget_nbytes,
         host_used_nbytes=sum(one.leased_nbytes + one.warm_nbytes for one in host),
         host_peak_nbytes=sum(one.peak_nbytes for one in host),
-        device_budget_nbytes=parts.plan.device_nbytes,
-        device_used_nbytes=0 if one_memory else device.leased_nbytes + device.warm_nbytes,
-        device_peak_nbytes=0 if one_memory else device.peak_nbytes,
+        device_budget_nbytes=parts.plan.device_nbytes + parts.plan.device_ring_nbytes,
+        device_used_nbytes=sum(one.leased_nbytes + one.warm_nbytes for one in device),
+        device_peak_nbytes=sum(one.peak_nbytes for one in device),
         boundaries_peak_nbytes=ledger.boundaries_peak_nbytes,
         activations_peak_nbytes=activations.peak_nbytes,
         temporaries_nbytes=ledger.temporaries_nbytes,

@@ -9,32 +9,26 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
-from torch import Tensor, nn
-
 from .journey import Journeys
 from .layout import UnitLayout
 from .order import UseOrder
-from .scheduler.devices import Device, Event
+from .scheduler.devices import Device
+from .scheduler.fence import Fence
 from .scheduler.loop import LoopThread
 from .scheduler.pool import BudgetExceeded, Lease, Pool
 from .scheduler.storage import NEEDED_LATER, NEEDED_NOW, NEEDED_SOON
 from .scheduler.trace import Trace, Wait
+from .staged import Staged
 from .units import Unit
 from .update import UnitUpdate
 from .updates import Pending, PendingUpdates
 
+MIN_UPDATE_WINDOW_NBYTES = 32 << 20
 
-class Staged:
-    """One unit on the device. `holds` counts who uses it; `last_use` is the compute event of the last use."""
 
-    __slots__ = ("buffer", "holds", "last_use", "lease", "views")
-
-    def __init__(self, layout: UnitLayout, buffer: Tensor, lease: Lease | None) -> None:
-        self.buffer = buffer
-        self.lease = lease
-        self.views: dict[nn.Parameter, Tensor] = layout.param_views(buffer)
-        self.holds = 0
-        self.last_use: Event | None = None
+def update_window_nbytes(ring_nbytes: int) -> int:
+    """How much the updates under way may stream through a ring of this size; see `Residency`."""
+    return 2 * max(ring_nbytes, MIN_UPDATE_WINDOW_NBYTES)
 
 
 class Residency:
@@ -275,10 +269,20 @@ class Residency:
             await self._journeys.stored(unit.index)
 
     async def make_room(self, nbytes: int, holder: str) -> Lease:
-        """Lease `nbytes` of the staging pool, evicting units that nobody holds when there is no free room."""
+        """Lease `nbytes` of the staging pool, evicting units that nobody holds when there is no free room.
+
+        In one memory the buffer may be written at once; on a device of its own a copy into it waits for its fence.
+        """
         self._rooms_wanted += 1
         try:
-            return await self._find_room(nbytes, holder)
+            lease = await self._find_room(nbytes, holder)
+            if self._device.one_memory:
+                try:
+                    await self._journeys.passed(lease.fence, holder)
+                except BaseException:
+                    lease.release()
+                    raise
+            return lease
         finally:
             self._rooms_wanted -= 1
             self.ask_prefetch()
@@ -297,9 +301,8 @@ class Residency:
             if not self._fetching and self._pool.statistics().leased_nbytes == self._held_nbytes():
                 raise BudgetExceeded(
                     f"{holder} needs {nbytes} bytes of {self._pool.name}, but all {self._pool.capacity_nbytes} bytes "
-                    f"are held "
-                    f"by units in use ({', '.join(self._pool.statistics().holders)}); raise the budget by at least "
-                    f"{nbytes} bytes"
+                    f"are held by units in use ({', '.join(self._pool.statistics().holders)}); raise the budget by "
+                    f"at least {nbytes} bytes"
                 )
             await asyncio.wait([changed, freed], return_when=asyncio.FIRST_COMPLETED)
             changed.cancel()
@@ -340,11 +343,12 @@ class Residency:
         self, unit: Unit, lease: Lease | None, needed: int, pending: Pending | None, old: Staged | None
     ) -> None:
         layout = self._layouts[unit.index]
+        fence: Fence | None = old.last_use if old is not None else None
+        if fence is None and lease is not None:
+            fence = lease.fence
         try:
-            if old is not None and old.last_use is not None:
-                old.last_use.synchronize()  # its last reader on compute has passed, else the update overtakes it
             slot = None if lease is None else lease.buffer[: layout.staged_nbytes]
-            buffer = await self._journeys.fetch(unit, slot, needed, pending, old_in_slot=old is not None)
+            buffer = await self._journeys.fetch(unit, slot, needed, pending, old is not None, fence)
             with self._lock:
                 staged = Staged(layout, buffer, lease)
                 if unit.index in self._updates:  # decided while this was on its way
@@ -353,7 +357,7 @@ class Residency:
                     self._staged[unit.index] = staged
         except BaseException:
             if lease is not None:
-                lease.release()
+                lease.release(after=fence)
             raise
         finally:
             self._ended(unit)
@@ -455,11 +459,10 @@ class Residency:
         return True
 
     def _let_go(self, staged: Staged) -> None:
-        """Give the slot back. Invariant: its last reader on compute has passed, else the next copy overtakes it."""
-        if staged.last_use is not None:
-            staged.last_use.synchronize()
+        """Give the slot back. Invariant: the next copy into it waits for its last reader on compute, else it overtakes
+        it; the event travels with the slot."""
         if staged.lease is not None:
-            staged.lease.release()
+            staged.lease.release(after=staged.last_use)
 
     async def withdraw(self, units: Sequence[Unit]) -> None:
         """Evict `units` and let nobody fetch them until `admit`, because their values are about to be written.
@@ -499,6 +502,8 @@ class Residency:
                         "finish or drop the backward first"
                     )
                 del self._staged[unit.index]
+            if staged.lease is None:
+                await self._journeys.passed(staged.last_use, unit.name)  # it computed from where it rests
             self._let_go(staged)
         self._notify()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from .activations import ActivationBudget
 from .bindings import Bindings
 from .gradients import Gradients
 from .guards import GradientInEngine
-from .residency import Residency, Staged
+from .residency import Residency
 from .scheduler.devices import Device
+from .staged import Staged
 from .turns import Stay, Turn
 from .units import CallSite, ParameterInfo
 from .usage import CallLedger, ComputeRecord
@@ -67,6 +69,7 @@ class CallRuntime:
         self._in_forward = 0
         self._in_backward = False
         self._broken: str | None = None
+        self._num_updates: Counter[int] = Counter()
         self._stay = Stay(residency)
         self._taking_turns = False
         self._leaves: dict[tuple[int, nn.Parameter], nn.Parameter] = {}
@@ -238,6 +241,13 @@ class CallRuntime:
             yield staged
         finally:
             self._residency.release(site.units)
+
+    def num_updates(self, site: CallSite) -> tuple[int, ...]:
+        return tuple(self._num_updates[unit.index] for unit in site.units)
+
+    def updates_launched(self, units: Iterable[int]) -> None:
+        """A step changes the parameters of these units (by index)."""
+        self._num_updates.update(units)
 
     def forward_made(self, site: CallSite) -> Turn:
         turn = self.turn if self.turn is not None else FIRST_TURN

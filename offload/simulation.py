@@ -23,15 +23,15 @@ from .bound import Bound, lower_bound, step_work, update_share
 from .config import OffloadConfig
 from .durable import CommitLog
 from .early import EarlyUpdates
-from .engine import MIN_UPDATE_WINDOW_NBYTES
 from .gradients import MAX_IN_FLIGHT, Gradients
 from .homes import ChunkStream, gather_all
 from .journey import Journeys
 from .layout import Chunk, ChunkArrays
 from .optimizers import OptimizerSpec
 from .order import UseOrder
-from .residency import Residency
+from .residency import MIN_UPDATE_WINDOW_NBYTES, Residency
 from .scheduler.devices import Device, Event
+from .scheduler.fence import Fence
 from .scheduler.lanes import Lane
 from .scheduler.pool import Lease, Pool, PoolStatistics
 from .scheduler.rig import GB, Rig
@@ -97,10 +97,10 @@ class SimulatedDevice(Device):
     def allocate_host(self, nbytes: int) -> Tensor:
         return self.allocate(nbytes)
 
-    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Fence | None) -> None:
         return
 
-    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Fence | None) -> None:
         return
 
     def record(self) -> Event:
@@ -115,6 +115,9 @@ class _PassedEvent:
 
     def __init__(self, time_s: float) -> None:
         self._time_s = time_s
+
+    def has_passed(self) -> bool:
+        return True
 
     def synchronize(self) -> None:
         return
@@ -389,6 +392,8 @@ class Simulation:
             prepared = self._stepper.prepare(self._groups, decision.grad_scale, begun)
             made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
             self._stepper.book(prepared)
+            if self._early is not None:
+                self._early.keep()
             self._gradients.drop()
             self._step += 1
             if self._log is not None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .residency import Residency, Staged
+from .residency import Residency
+from .staged import Staged
 from .units import CallSite
 
 

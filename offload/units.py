@@ -126,8 +126,7 @@ def _check_parameter(name: str, parameter: nn.Parameter, owners: dict[int, str])
     if other != name:
         raise ValueError(
             f"parameters {other!r} and {name!r} are different objects over the same memory; tie them by assigning "
-            f"the same "
-            "nn.Parameter to both modules, or clone one of them"
+            "the same nn.Parameter to both modules, or clone one of them"
         )
 
 

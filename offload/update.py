@@ -69,6 +69,7 @@ class UnitUpdate:
             present=present,
             computed=computed,
             needed=needed,
+            may_use_device=True,
         )
 
     def _work(self, chunk: Chunk, arrays: ChunkArrays) -> None:

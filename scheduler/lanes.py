@@ -77,7 +77,8 @@ async def _until_done(job: Future[T]) -> None:
 
 
 class Lanes:
-    """The lanes of one engine: `read`, `write`, `h2d`, `d2h` and `cpu` (compute belongs to the training thread)."""
+    """The lanes of one engine: `read`, `write`, `h2d`, `d2h`, `cpu`, and `compute` for what runs on the device beside
+    the calls of the model, which belong to the training thread."""
 
     def __init__(self, trace: Trace, *, num_io_threads: int = 4, num_cpu_threads: int = 2) -> None:
         self.trace = trace
@@ -86,7 +87,8 @@ class Lanes:
         self.h2d = Lane("h2d", 1, trace)
         self.d2h = Lane("d2h", 1, trace)
         self.cpu = Lane("cpu", num_cpu_threads, trace)
+        self.compute = Lane("compute", 1, trace)
 
     def close(self) -> None:
-        for lane in (self.read, self.write, self.h2d, self.d2h, self.cpu):
+        for lane in (self.read, self.write, self.h2d, self.d2h, self.cpu, self.compute):
             lane.close()

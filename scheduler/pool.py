@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .fence import Fence
+
 PAGE_NBYTES = 4096
 
 
@@ -26,14 +28,16 @@ class BudgetExceeded(MemoryError):
 class Lease:
     """The right to use `buffer` (uint8 [nbytes], page-aligned on the host) until `release()`.
 
+    `fence` is what the first write into the buffer waits for, or None: compute of the owner before may still use it.
     Releasing twice raises: a second release would hand one buffer to two owners.
     """
 
-    __slots__ = ("_pool", "buffer", "holder", "nbytes")
+    __slots__ = ("_pool", "buffer", "fence", "holder", "nbytes")
 
-    def __init__(self, pool: Pool, buffer: Tensor, holder: str) -> None:
+    def __init__(self, pool: Pool, buffer: Tensor, holder: str, fence: Fence | None = None) -> None:
         self._pool: Pool | None = pool
         self.buffer = buffer
+        self.fence = fence
         self.nbytes = buffer.numel()
         self.holder = holder
 
@@ -41,12 +45,34 @@ class Lease:
     def released(self) -> bool:
         return self._pool is None
 
-    def release(self) -> None:
-        """Give the buffer back. The caller vouches that no transfer and no kernel still uses it."""
+    def release(self, after: Fence | None = None) -> None:
+        """Give the buffer back; never blocks. The caller vouches that no transfer still uses it, and no kernel behind
+        `after`, for which the next owner waits. Without it the lease's own fence stands."""
         pool, self._pool = self._pool, None
         if pool is None:
             raise RuntimeError(f"lease of {self.holder} released twice; a lease is given back exactly once")
-        pool._take_back(self)
+        pool._take_back(self, self.fence if after is None else after)
+
+
+class _PoisonBehind:
+    """A fence that poisons the buffer once what it stands for has passed: who may write it still reads nothing old."""
+
+    def __init__(self, fence: Fence, poison: Callable[[Tensor], None], buffer: Tensor) -> None:
+        self._fence = fence
+        self._poison = poison
+        self._buffer = buffer
+        self._lock = threading.Lock()
+        self._poisoned = False
+
+    def has_passed(self) -> bool:
+        return self._poisoned
+
+    def synchronize(self) -> None:
+        self._fence.synchronize()
+        with self._lock:
+            if not self._poisoned:
+                self._poison(self._buffer)
+                self._poisoned = True
 
 
 class _Waiter(NamedTuple):
@@ -55,6 +81,18 @@ class _Waiter(NamedTuple):
     nbytes: int
     loop: asyncio.AbstractEventLoop
     turn: asyncio.Future[None]
+
+
+class _Warm(NamedTuple):
+    """A free buffer, and what the next write into it must wait for."""
+
+    buffer: Tensor
+    fence: Fence | None
+
+
+def _ahead(fence: Fence | None) -> Fence | None:
+    """The fence, unless it has passed: then nobody need wait for it."""
+    return None if fence is None or fence.has_passed() else fence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +110,8 @@ class Pool:
     """Buffers of exactly the asked size under one byte budget.
 
     Free buffers stay warm by size and are handed out again; they are dropped only when a lease of another size
-    needs their bytes. The address space does what a compacting allocator would: the budget cannot fragment.
+    needs their bytes. The address space does what a compacting allocator would: the budget cannot fragment. Warm
+    buffers keep their fence; one that is dropped waits for it first.
 
     Args:
         name: for messages.
@@ -80,6 +119,8 @@ class Pool:
         allocate: makes an uninitialised uint8 buffer of the given size.
         free: called with a buffer before it is dropped for good, or None.
         poison: called with every buffer that comes back (the fake device fills it with NaN), or None.
+        record: makes the fence of a buffer that was just allocated, or None where a new one is nobody else's: a
+            device's allocator hands out again what kernels that are still under way use.
     """
 
     def __init__(
@@ -89,14 +130,16 @@ class Pool:
         allocate: Callable[[int], Tensor],
         free: Callable[[Tensor], None] | None = None,
         poison: Callable[[Tensor], None] | None = None,
+        record: Callable[[], Fence] | None = None,
     ) -> None:
         self.name = name
         self.capacity_nbytes = capacity_nbytes
         self._allocate = allocate
         self._free = free
         self._poison = poison
+        self._record = record
         self._lock = threading.Lock()
-        self._warm: dict[int, list[Tensor]] = {}
+        self._warm: dict[int, list[_Warm]] = {}
         self._warm_nbytes = 0
         self._leased_nbytes = 0
         self._peak_nbytes = 0
@@ -120,22 +163,26 @@ class Pool:
                 return None
             self._leased_nbytes += nbytes
             self._holders[holder] += 1
-            warm = self._warm.get(nbytes)
-            buffer = warm.pop() if warm else None
-            if buffer is not None:
+            same_size = self._warm.get(nbytes)
+            warm = same_size.pop() if same_size else None
+            dropped: list[_Warm] = []
+            if warm is not None:
                 self._warm_nbytes -= nbytes
             else:
-                self._drop_warm(self._leased_nbytes + self._warm_nbytes - self.capacity_nbytes)
+                dropped = self._take_warm(self._leased_nbytes + self._warm_nbytes - self.capacity_nbytes)
             self._peak_nbytes = max(self._peak_nbytes, self._leased_nbytes + self._warm_nbytes)
-        if buffer is None:
+        if warm is None:
             try:
+                self._drop(dropped)
+                dropped.clear()  # their memory is free before more is asked for
                 buffer = self._allocate(nbytes)
+                warm = _Warm(buffer, _ahead(self._record() if self._record is not None else None))
             except BaseException:
                 with self._lock:
                     self._forget(nbytes, holder)
                 self._wake_waiters()
                 raise
-        return Lease(self, buffer, holder)
+        return Lease(self, warm.buffer, holder, _ahead(warm.fence))
 
     async def acquire(self, nbytes: int, holder: str) -> Lease:
         """A lease, waiting in line on the loop until the bytes are free. Hold no other lease of this pool meanwhile."""
@@ -176,12 +223,16 @@ class Pool:
             self._waiters.append((loop, future))
         return future
 
-    def _take_back(self, lease: Lease) -> None:
+    def _take_back(self, lease: Lease, fence: Fence | None) -> None:
+        fence = _ahead(fence)
         if self._poison is not None:
-            self._poison(lease.buffer)
+            if fence is None:
+                self._poison(lease.buffer)
+            else:
+                fence = _PoisonBehind(fence, self._poison, lease.buffer)
         with self._lock:
             self._forget(lease.nbytes, lease.holder)
-            self._warm.setdefault(lease.nbytes, []).append(lease.buffer)
+            self._warm.setdefault(lease.nbytes, []).append(_Warm(lease.buffer, fence))
             self._warm_nbytes += lease.nbytes
         self._wake_waiters()
 
@@ -205,21 +256,30 @@ class Pool:
         for loop, future in waiters:
             loop.call_soon_threadsafe(_wake, future)
 
-    def _drop_warm(self, excess_nbytes: int) -> None:
-        """Drop warm buffers, largest first, until `excess_nbytes` are gone. Called under the lock."""
+    def _take_warm(self, excess_nbytes: int) -> list[_Warm]:
+        """Warm buffers of at least `excess_nbytes`, largest first, that no longer count. Called under the lock."""
+        taken = []
         for nbytes in sorted(self._warm, reverse=True):
             buffers = self._warm[nbytes]
             while buffers and excess_nbytes > 0:
-                buffer = buffers.pop()
-                if self._free is not None:
-                    self._free(buffer)
+                taken.append(buffers.pop())
                 self._warm_nbytes -= nbytes
                 excess_nbytes -= nbytes
+        return taken
+
+    def _drop(self, dropped: list[_Warm]) -> None:
+        """Give memory back for good. Invariant: no kernel uses it any more, else the next owner's bytes are its."""
+        for buffer, fence in dropped:
+            if fence is not None:
+                fence.synchronize()
+            if self._free is not None:
+                self._free(buffer)
 
     def close(self) -> None:
         """Drop the warm buffers. Leases still out keep theirs until they are garbage."""
         with self._lock:
-            self._drop_warm(self._warm_nbytes)
+            dropped = self._take_warm(self._warm_nbytes)
+        self._drop(dropped)
 
     def statistics(self) -> PoolStatistics:
         with self._lock:

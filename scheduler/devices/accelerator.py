@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fence import Fence
 from ..hostmem import allocate_pages
 from .interface import Device, Event
 
@@ -103,15 +104,17 @@ class AcceleratorDevice(Device):
         with torch.cuda.device(self.torch_device):
             self._module.cudart().cudaHostUnregister(buffer.data_ptr())
 
-    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Fence | None) -> None:
         self._copy(self._h2d, device_buffer, host_buffer, after)
 
-    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Fence | None) -> None:
         self._copy(self._d2h, host_buffer, device_buffer, after)
 
-    def _copy(self, stream: torch.Stream, dst: Tensor, src: Tensor, after: Event | None) -> None:
+    def _copy(self, stream: torch.Stream, dst: Tensor, src: Tensor, after: Fence | None) -> None:
         if isinstance(after, StreamEvent):
             after.wait_on(stream)  # without it the copy reads (or overwrites) bytes that compute still makes (or reads)
+        elif after is not None:
+            after.synchronize()
         with stream:
             dst.copy_(src, non_blocking=True)
         stream.synchronize()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..fence import Fence
 from ..hostmem import allocate_pages
 from .interface import Device, Event, HostEvent
 
@@ -37,9 +38,9 @@ class FakeDevice(Device):
     """A device in host memory that behaves like a hurried accelerator with a slow link.
 
     Copies run in the copy lanes' threads, wait a random time first and write their destination in two halves
-    with a pause between them, so that a reader who does not wait sees NaN or half a tensor. Kernels begin after a random
-    time as well, so that who does not wait for them sees what was there before. Buffers that are given
-    back are filled with NaN bytes at once, so that a reader who holds on to one computes NaN. With a bandwidth a copy
+    with a pause between them, so that a reader who does not wait sees NaN or half a tensor. Kernels begin after a
+    random time as well, so that who does not wait for them sees what was there before. Buffers that are given back are
+    filled with NaN bytes at once, so that a reader who holds on to one computes NaN. With a bandwidth a copy
     takes at least its bytes over it; the two directions do not disturb each other.
 
     Args:
@@ -70,13 +71,13 @@ class FakeDevice(Device):
     def allocate(self, nbytes: int) -> Tensor:
         return allocate_pages(nbytes).fill_(0xFF)
 
-    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Fence | None) -> None:
         self._copy(device_buffer, host_buffer, after, self._h2d)
 
-    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Fence | None) -> None:
         self._copy(host_buffer, device_buffer, after, self._d2h)
 
-    def _copy(self, dst: Tensor, src: Tensor, after: Event | None, direction: _Direction) -> None:
+    def _copy(self, dst: Tensor, src: Tensor, after: Fence | None, direction: _Direction) -> None:
         if dst.numel() != src.numel():
             raise ValueError(f"copy of {src.numel()} bytes into a buffer of {dst.numel()} bytes")
         if after is not None:

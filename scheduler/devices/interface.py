@@ -10,17 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..fence import Fence
 from ..hostmem import allocate_pages
 
 
-class Event(Protocol):
+class Event(Fence, Protocol):
     """A point in the compute order of the thread that recorded it."""
-
-    def has_passed(self) -> bool:
-        """Whether everything before the event has run. Never blocks."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until everything before the event has run."""
 
     def time_s(self) -> float:
         """When the event passed, on the `time.perf_counter()` clock. Blocks until it has."""
@@ -70,11 +65,11 @@ class Device(ABC):
         return
 
     @abstractmethod
-    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Fence | None) -> None:
         """Copy uint8 host -> device once `after` has passed; returns when the bytes are there."""
 
     @abstractmethod
-    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Fence | None) -> None:
         """Copy uint8 device -> host once `after` has passed; returns when the bytes are there."""
 
     def compute(self, work: Callable[..., None], *args: Any) -> None:

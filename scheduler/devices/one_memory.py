@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..fence import Fence
 from ..hostmem import allocate_pages
 from .interface import Device, Event, HostEvent
 
@@ -21,10 +22,10 @@ class OneMemoryDevice(Device):
     def allocate(self, nbytes: int) -> Tensor:
         return allocate_pages(nbytes)
 
-    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Event | None) -> None:
+    def upload(self, device_buffer: Tensor, host_buffer: Tensor, after: Fence | None) -> None:
         raise AssertionError("one memory: a host buffer is already where it computes")
 
-    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Event | None) -> None:
+    def download(self, host_buffer: Tensor, device_buffer: Tensor, after: Fence | None) -> None:
         raise AssertionError("one memory: a device buffer is already host memory")
 
     def record(self) -> Event:

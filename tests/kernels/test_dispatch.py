@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -111,3 +115,41 @@ def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
 def test_cuda_and_other_devices_never_take_the_cpu_library() -> None:
     with dispatch.use("native"):
         assert dispatch.backend(torch.device("meta")).__name__.endswith("reference")
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The devices that were tuned, on a machine without CUDA: what would be called there is replaced."""
+    calls: list[torch.device] = []
+    monkeypatch.setattr(dispatch, "uses_triton", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(importlib, "import_module", lambda *names: SimpleNamespace(tune=calls.append))
+    dispatch.tune_once.cache_clear()
+    return calls
+
+
+def test_kernels_are_tuned_once_for_each_gpu(tuned: list[torch.device]) -> None:
+    for name in ("cuda:0", "cuda:1", "cuda:0", "cpu", "xpu:0"):
+        dispatch.tune_once(torch.device(name))
+    assert tuned == [torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+def test_kernels_that_do_not_run_are_not_tuned(tuned: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "uses_triton", lambda device: False)
+    dispatch.tune_once(torch.device("cuda:0"))
+    assert tuned == []
+
+
+def test_tuning_that_fails_is_one_line_in_the_log(
+    tuned: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def tune(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("1.7 GB")
+
+    monkeypatch.setattr(importlib, "import_module", lambda *names: SimpleNamespace(tune=tune))
+    for _ in range(2):
+        dispatch.tune_once(torch.device("cuda:0"))
+    (record,) = caplog.records
+    assert "cuda:0 keep their default launch shape" in record.getMessage()
+    assert "OutOfMemoryError: 1.7 GB" in record.getMessage()

@@ -17,9 +17,11 @@ import pytest
 from torch import Tensor
 
 from offload.layout import ChunkArrays
-from offload.residency import Residency, Staged
+from offload.residency import Residency
+from offload.scheduler.fence import Fence
 from offload.scheduler.lanes import Lane
 from offload.scheduler.pool import Lease, Pool
+from offload.staged import Staged
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class Audit:
             _, total, contributions, _ = args
             self._add(what, ranges(total), True, start_s, end_s)
             self._add(what, ranges(contributions), False, start_s, end_s)
-        elif lane == "cpu" and kind == "update":
-            arrays = args[1]
+        elif lane in ("cpu", "compute") and kind == "update":
+            arrays = args[-1]
             self._add(what, ranges([arrays.param, arrays.low, *arrays.states.values()]), True, start_s, end_s)
             self._add(what, ranges(arrays.grad), False, start_s, end_s)
         else:
@@ -111,19 +113,19 @@ class Audit:
     def _watch_leases(self, patch: pytest.MonkeyPatch) -> None:
         init, release, acquire = Lease.__init__, Lease.release, Pool.try_acquire
 
-        def born(lease: Lease, pool: Pool, buffer: Tensor, holder: str) -> None:
-            init(lease, pool, buffer, holder)
+        def born(lease: Lease, pool: Pool, buffer: Tensor, holder: str, fence: Fence | None = None) -> None:
+            init(lease, pool, buffer, holder, fence)
             first = buffer.data_ptr()
             with self._lock:
                 self.lives[id(lease)] = Life(pool.name, holder, first, first + buffer.numel(), time.perf_counter())
 
-        def died(lease: Lease) -> None:
+        def died(lease: Lease, after: Fence | None = None) -> None:
             with self._lock:
                 life = self.lives.pop(id(lease), None)
                 if life is not None:
                     life.end_s = time.perf_counter()
                     self.ended.append(life)
-            release(lease)
+            release(lease, after)
 
         def counted(pool: Pool, nbytes: int, holder: str) -> Lease | None:
             lease = acquire(pool, nbytes, holder)

@@ -64,6 +64,8 @@ def test_placements_agree_bit_for_bit(kit: SimpleNamespace, tmp_path: Path, name
         settings_for(name, dtype=dtype),
         settings_for(name, dtype=dtype, device_memory=tight),
         settings_for(name, dtype=dtype, device_memory=tight, nvme=tmp_path / "run", homes=ALL_NVME),
+        settings_for(name, dtype=dtype, update_on="device"),
+        settings_for(name, dtype=dtype, update_on=0.5, nvme=tmp_path / "half", homes=ALL_NVME),
     ]
     runs = [run(kit.TinyGPT(depth=4, dropout=0.1), OffloadConfig(**one), batches) for one in placements]
     for losses, state in runs[1:]:

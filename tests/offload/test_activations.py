@@ -211,3 +211,22 @@ def test_a_saved_tensor_changed_in_place_is_named() -> None:
         with pytest.raises(RuntimeError, match=r"unit '0' needs .* in-place"):
             engine.backward(loss)
         engine.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("activation_memory", [0, "auto"])
+def test_a_graph_from_before_a_step_is_refused_as_torch_does(activation_memory: Any) -> None:
+    """What was kept would be multiplied with parameters of another step. A unit that no step changed may go on."""
+    config = OffloadConfig(device="cpu", activation_memory=activation_memory, **FP32)
+    with OffloadEngine(Stack(), AdamW(lr=1e-6), config) as engine:
+        x = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+        old = engine(x).square().mean()
+        unused = engine.module.layers[3](x).square().mean()
+        engine.backward(engine.module.layers[0](x).square().mean())
+        engine.step()
+        engine.backward(unused)
+        engine.optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match=r"'layers\.0', whose parameters a step has changed"):
+            engine.backward(old)
+        engine.optimizer.zero_grad()
+        engine.backward(engine(x).square().mean())
+        engine.step()

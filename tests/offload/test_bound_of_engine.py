@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,12 @@ def test_a_rig_is_read_as_written() -> None:
     assert Rig.from_toml(RIG).drive.read_gb_s == 0.001
     with pytest.raises(ValueError, match="read_gb_s"):
         Rig.from_toml(RIG.replace("read_gb_s = 0.001", "read_gb_s = -1.0"))
+
+
+def test_a_rig_that_cannot_be_read_leaves_no_thread_behind(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    module = nn.Linear(4, 4)
+    with pytest.raises(FileNotFoundError):
+        OffloadEngine(module, AdamW(lr=1e-3), OffloadConfig(device="cpu", rig=tmp_path / "none.toml"))
+    assert set(threading.enumerate()) <= before
+    assert not module.weight.isnan().any()

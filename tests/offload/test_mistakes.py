@@ -134,7 +134,7 @@ def test_evaluation_leaves_no_record_and_no_time() -> None:
         with torch.no_grad():
             for _ in range(50):
                 engine(torch.ones(4, 16))
-        spans, waits = engine._trace.drain()
+        spans, waits = engine._parts.lanes.trace.drain()
         assert [span for span in spans if span.kind == "param"] == []
         assert waits == []
-        assert engine._compute._pairs == []
+        assert engine._record._compute._pairs == []

@@ -32,6 +32,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "states": {"device": "cpu", "host_memory": "1MiB", "homes": {"param": "host", "grad": "host", "states": "nvme"}},
     "fake": {"device_memory": "160KiB", "host_memory": "2MiB"},
     "fake nvme": {"device_memory": "160KiB", "host_memory": "1MiB", "homes": ALL_NVME},
+    "fake, updates there": {"device_memory": "1MiB", "host_memory": "1MiB", "homes": ALL_NVME, "update_on": 0.7},
 }
 
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from offload import AdamW, OffloadConfig
+from offload import AdamW, OffloadConfig, OffloadEngine
 from offload.assembly import Assembly, assemble
 from offload.homes import ChunkStream
 from offload.journey import Journeys
 from offload.order import UseOrder
 from offload.residency import Residency
-from offload.scheduler.devices import Event, FakeDevice, HostEvent
+from offload.scheduler.devices import Event, FakeDevice, HostEvent, OneMemoryDevice
 from offload.scheduler.loop import LoopThread
-from offload.scheduler.pool import BudgetExceeded
+from offload.scheduler.pool import BudgetExceeded, Pool
 from offload.units import Unit
+from offload.update import UnitUpdate
 from offload.updates import PendingUpdates
 
 PATIENCE_S = 20
@@ -33,6 +36,9 @@ class Latch:
     def __init__(self) -> None:
         self.passed, self.waited_for = threading.Event(), threading.Event()
 
+    def has_passed(self) -> bool:
+        return self.passed.is_set()
+
     def synchronize(self) -> None:
         self.waited_for.set()
         assert self.passed.wait(PATIENCE_S)
@@ -41,16 +47,34 @@ class Latch:
         return 0.0
 
 
+class LateReader(Latch):
+    """Compute that runs after its unit was released, in the order of a stream: it must still find the unit's bytes."""
+
+    def __init__(self, stream: ThreadPoolExecutor, buffer: Tensor, value: int, delay_s: float) -> None:
+        super().__init__()
+
+        def read() -> bool:
+            time.sleep(delay_s)
+            found_all = bool((buffer == value).all())
+            self.passed.set()
+            return found_all
+
+        self.found_all = stream.submit(read)
+
+
 class LatchedDevice(FakeDevice):
     """A fake device whose next recorded event can be chosen, and which counts uploads."""
 
     def __init__(self) -> None:
         super().__init__(max_delay_s=1e-4)
         self.next_event: Event | None = None
+        self._training_thread = threading.current_thread()
         self.num_uploads = 0
         self.gate: threading.Event | None = None
 
     def record(self) -> Event:
+        if threading.current_thread() is not self._training_thread:
+            return HostEvent()  # behind an allocation
         event, self.next_event = self.next_event, None
         return event or HostEvent()
 
@@ -110,6 +134,14 @@ class Rig:
                 return
             assert time.monotonic() < deadline
             time.sleep(0.001)
+
+    def loop_turns(self) -> None:
+        """Fails while something blocks the loop's thread."""
+
+        async def nothing() -> None:
+            return
+
+        self.loop.submit(nothing()).result(PATIENCE_S / 2)
 
     def close(self) -> None:
         self.loop.close()
@@ -178,20 +210,131 @@ def test_unit_held_twice_stays_after_one_release(make_rig: Callable[..., Rig]) -
 
 
 def test_eviction_waits_for_the_last_use(make_rig: Callable[..., Rig]) -> None:
-    """Compute given before the release may still run: the slot may be overwritten only behind its event."""
+    """Compute given before the release may still run: the slot may be overwritten only behind its event. The copy
+    waits for that, and not the loop."""
     rig = make_rig(slots=1)
     buffer = rig.acquire(0)
     latch = rig.device.next_event = Latch()
     rig.release(0)
     thread, results = in_thread(lambda: rig.acquire(1))
-    while not latch.waited_for.is_set() and thread.is_alive():
-        time.sleep(0.001)
-    assert latch.waited_for.is_set(), "the slot was taken without waiting for its last reader"
+    wait_for(latch, thread)
+    rig.loop_turns()
     assert (buffer == 1).all() and results == []
     latch.passed.set()
     thread.join(PATIENCE_S)
     assert (results[0] == 2).all()
     rig.release(1)
+
+
+def test_update_of_a_stale_unit_waits_for_the_last_use(make_rig: Callable[..., Rig]) -> None:
+    """The new parameters go into the slot that backward has just been given compute on."""
+    rig = make_rig(slots=1)
+    rig.acquire(0)
+    latch = rig.device.next_event = Latch()
+    rig.release(0)
+    rig.residency.expect({0: UnitUpdate(AdamW(), rig.parts.layouts[0], {}, 1.0)}, None)
+    thread, results = in_thread(lambda: rig.acquire(0))
+    wait_for(latch, thread)
+    rig.loop_turns()
+    assert results == []
+    latch.passed.set()
+    thread.join(PATIENCE_S)
+    assert (results[0] == 1).all()
+    rig.release(0)
+
+
+def test_fetch_that_fails_before_its_copy_leaves_the_fence_to_the_next(
+    make_rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = make_rig(slots=1)
+    buffer = rig.acquire(0)
+    latch = rig.device.next_event = Latch()
+    rig.release(0)
+
+    def broken(*args: Any) -> None:
+        raise OSError("link down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.device, "upload", broken)
+        with pytest.raises(OSError, match="link down"):
+            rig.acquire(1)
+    thread, results = in_thread(lambda: rig.acquire(2))
+    wait_for(latch, thread)
+    assert (buffer == 1).all() and results == []
+    latch.passed.set()
+    thread.join(PATIENCE_S)
+    assert (results[0] == 3).all()
+    rig.release(2)
+
+
+def test_compute_that_runs_late_finds_its_units_bytes(make_rig: Callable[..., Rig]) -> None:
+    rig = make_rig(slots=2, expected_order=[0, 1, 2, 3])
+    readers = []
+    with ThreadPoolExecutor(1) as stream:
+        for index in torch.randint(4, (40,), generator=torch.Generator().manual_seed(0)).tolist():
+            buffer = rig.acquire(index)
+            reader = rig.device.next_event = LateReader(stream, buffer, index + 1, 0.01)
+            readers.append(reader)
+            rig.release(index)
+    assert [reader.found_all.result() for reader in readers] == [True] * 40
+
+
+class LateCompute(OneMemoryDevice):
+    """One memory whose compute runs later than the thread that gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.event = Latch()
+
+    def record(self) -> Event:
+        return self.event
+
+
+@pytest.mark.parametrize("place", ["host", "nvme"])
+def test_in_one_memory_nothing_is_written_under_compute(place: str, tmp_path: Path) -> None:
+    """Neither the update where a unit rests or was staged, nor what else takes its room, while compute may read it."""
+    device = LateCompute()
+    settings = {"nvme": tmp_path, "homes": {"param": "nvme", "grad": "nvme"}} if place == "nvme" else {}
+    device.event.passed.set()
+    with OffloadEngine(
+        nn.Linear(16, 16), AdamW(lr=0.1), OffloadConfig(device=device, update="step", **settings)
+    ) as engine:
+        loss = engine(torch.ones(1, 16, dtype=torch.bfloat16)).sum()
+        device.event = Latch()
+        buffer = engine._residency._staged[0].buffer
+        before = buffer.clone()
+        engine.backward(loss)
+        thread, results = in_thread(engine.step)
+        wait_for(device.event, thread)
+        assert torch.equal(buffer, before) and results == []
+        device.event.passed.set()
+        thread.join(PATIENCE_S)
+        assert results[0].step == 1 and not torch.equal(engine._residency._staged[0].buffer, before)
+
+
+def test_in_one_memory_room_is_given_behind_compute() -> None:
+    """Whoever makes room writes into it with the host's threads, which wait for no event."""
+    with OffloadEngine(nn.Linear(16, 16), AdamW(), OffloadConfig(device=LateCompute(), micro_batches=2)) as engine:
+        latch, stage = Latch(), Pool("stage", 4096, engine.device.allocate_host)
+        engine._residency._pool = stage
+        lease = stage.try_acquire(4096, "compute")
+        assert lease is not None
+        lease.release(after=latch)
+        thread, results = in_thread(lambda: engine._loop.run(engine._residency.make_room(4096, "gradient")))
+        wait_for(latch, thread)
+        assert results == []
+        latch.passed.set()
+        thread.join(PATIENCE_S)
+        assert results[0].fence is None or results[0].fence.has_passed()
+        results[0].release()
+        engine.device.event.passed.set()
+
+
+def wait_for(latch: Latch, thread: threading.Thread) -> None:
+    """Until somebody waits for the event; fails if the fetch in `thread` ends without having waited."""
+    while not latch.waited_for.is_set() and thread.is_alive():
+        time.sleep(0.001)
+    assert latch.waited_for.is_set(), "the slot was taken without waiting for its last reader"
 
 
 def test_values_of_a_held_unit_cannot_change(make_rig: Callable[..., Rig]) -> None:

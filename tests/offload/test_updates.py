@@ -439,3 +439,27 @@ def test_auto_speculates_once_steps_are_seen_to_be_unclipped(tmp_path: Path, spe
         before = speculation.begun
         one_step(engine, 7)
         assert speculation.begun == before
+
+
+@pytest.mark.parametrize("change", ["tensor", "list"])
+def test_hyperparameters_changed_in_place_after_backward_are_those_of_the_step(change: str, tmp_path: Path) -> None:
+    reference = Stack()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=5e-3, betas=(0.5, 0.99))
+    with OffloadEngine(Stack(), SPEC, config(tmp_path, update="speculative")) as engine:
+        (group,) = engine.optimizer.param_groups
+        group["lr"] = torch.tensor(1e-2) if change == "tensor" else 5e-3
+        group["betas"] = (0.5, 0.99) if change == "tensor" else [0.9, 0.99]
+        engine.backward(engine(data(0)).square().mean())
+        all_landed(engine)
+        if change == "tensor":
+            group["lr"].fill_(5e-3)
+        else:
+            group["betas"][0] = 0.5
+        engine.step()
+        group["lr"] = 5e-3
+        one_step(engine, 1)
+        for step in range(2):
+            reference(data(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_close(engine.state_dict(), reference)

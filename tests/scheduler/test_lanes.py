@@ -156,9 +156,8 @@ def test_failure_of_a_cancelled_call_is_not_reported_as_unretrieved(lane: Lane) 
 
 def test_lanes_of_an_engine() -> None:
     lanes = Lanes(Trace())
-    assert {lane.name for lane in (lanes.read, lanes.write, lanes.h2d, lanes.d2h, lanes.cpu)} | {"compute"} == set(
-        LANES
-    )
-    assert (lanes.h2d.num_threads, lanes.d2h.num_threads) == (1, 1)
+    all_lanes = (lanes.read, lanes.write, lanes.h2d, lanes.d2h, lanes.cpu, lanes.compute)
+    assert {lane.name for lane in all_lanes} == set(LANES)
+    assert (lanes.h2d.num_threads, lanes.d2h.num_threads, lanes.compute.num_threads) == (1, 1, 1)
     lanes.close()
     lanes.close()

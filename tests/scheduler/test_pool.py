@@ -144,6 +144,69 @@ def test_returned_buffers_are_poisoned() -> None:
     assert buffer.view(torch.float32).isnan().all() and buffer.view(torch.bfloat16).isnan().all()
 
 
+class Late:
+    """A fence that passes when the test says so; notes what a buffer held when somebody waited for it."""
+
+    def __init__(self) -> None:
+        self.has_run = False
+        self.num_waits = 0
+
+    def has_passed(self) -> bool:
+        return self.has_run
+
+    def synchronize(self) -> None:
+        self.num_waits += 1
+        self.has_run = True
+
+
+def test_a_fence_goes_with_the_buffer_until_it_has_passed(memory: Memory) -> None:
+    pool, fence = pool_of(memory, 1), Late()
+    lease = take(pool, 1)
+    assert lease.fence is None
+    lease.release(after=fence)
+    lease = take(pool, 1)
+    assert lease.fence is fence and fence.num_waits == 0, "neither giving back nor taking may block"
+    lease.release()  # whoever gives it back unused has not waited either
+    lease = take(pool, 1)
+    assert lease.fence is fence
+    lease.release()
+    fence.has_run = True
+    assert take(pool, 1).fence is None
+
+
+def test_a_dropped_buffer_waits_for_its_fence(memory: Memory) -> None:
+    fence, order = Late(), []
+    pool = Pool("m", PAGE_NBYTES, allocate_pages, lambda buffer: order.append(fence.num_waits))
+    take(pool, 1).release(after=fence)
+    pool.close()
+    assert order == [1], "memory was freed under a kernel that uses it"
+
+
+def test_a_new_buffer_waits_for_what_its_allocator_had_it_for(memory: Memory) -> None:
+    fence = Late()
+    pool = Pool("m", PAGE_NBYTES, memory.allocate, record=lambda: fence)
+    lease = take(pool, 1)
+    assert lease.fence is fence
+    fence.has_run = True
+    lease.release()
+    assert take(pool, 1).fence is None
+
+
+def test_poison_waits_for_the_fence() -> None:
+    pool, fence = Pool("m", PAGE_NBYTES, allocate_pages, poison=lambda buffer: buffer.fill_(0xFF)), Late()
+    lease = take(pool, 1)
+    buffer = lease.buffer.fill_(1)
+    lease.release(after=fence)
+    assert (buffer == 1).all(), "compute behind the fence still reads this"
+    lease = take(pool, 1)
+    assert lease.fence is not None and not lease.fence.has_passed()
+    lease.fence.synchronize()
+    assert fence.num_waits == 1 and (buffer == 0xFF).all()
+    buffer.fill_(2)
+    lease.fence.synchronize()
+    assert (buffer == 2).all(), "poisoned once, before the next owner writes"
+
+
 def test_holders_are_named(memory: Memory) -> None:
     pool = pool_of(memory, 4)
     leases = [take(pool, 1, "b"), take(pool, 1, "a"), take(pool, 1, "a")]
