@@ -80,6 +80,8 @@ class EarlyUpdates:
             return  # step() meets the same hyperparameter, and raises
         if update is None:
             return
+        if not self._made:
+            self._residency.begin_left_over()
         after = self._log.under_way if self._log is not None else None
         made = self._residency.begin_early(unit, update, after)
         if made is not None:

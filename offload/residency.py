@@ -78,6 +78,7 @@ class Residency:
         self._fetching: dict[int, asyncio.Task[None]] = {}
         self._updating_nbytes: dict[int, int] = {}
         self._early: deque[int] = deque()
+        self._left_over: asyncio.Task[None] | None = None
         self._changed: list[asyncio.Future[None]] = []
         self._withdrawn: set[int] = set()
         self._demanded: Counter[int] = Counter()  # staged for somebody who has not come to hold them yet
@@ -151,6 +152,17 @@ class Residency:
         self._early.append(unit)
         self._run_early()
         return made
+
+    def begin_left_over(self) -> None:
+        """Make the updates of the last step that no forward has taken. Called on the loop, before any early update.
+
+        Invariant: an early update waits for the last step's commit, which waits for these. If they waited for the
+        next `step()`, whoever waits for an early update before that would wait for ever.
+        """
+        units = [self._layouts[index].unit for index in self._updates.units()]
+        if units:
+            self._left_over = asyncio.get_running_loop().create_task(self.settled(units))
+            self._left_over.add_done_callback(_look_at)
 
     def call_off(self, units: Sequence[Unit]) -> list[Unit]:
         """Drop the updates of `units` that have not begun. Called on the loop. Returns the units whose update has."""

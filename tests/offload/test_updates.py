@@ -463,3 +463,23 @@ def test_hyperparameters_changed_in_place_after_backward_are_those_of_the_step(c
             optimizer.step()
             optimizer.zero_grad()
         assert_close(engine.state_dict(), reference)
+
+
+@pytest.mark.timeout(60)
+def test_what_waits_for_an_early_update_does_not_wait_for_a_unit_that_no_forward_uses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The early update waits for the commit before it, and that one for the update of the unit that was left out."""
+    monkeypatch.setattr(Residency, "_prefetch", lambda residency: None)
+
+    def skips(step: int) -> set[int]:
+        return {1} if step % 2 else set()
+
+    model = Stack()
+    with OffloadEngine(model, SPEC, config(tmp_path, update="speculative")) as engine:
+        for step in range(4):
+            model.skip = skips(step)
+            engine.backward(engine(data(step)).square().mean())
+            engine.state_dict()
+            engine.step()
+        assert_close(engine.state_dict(), plain(4, skips))
