@@ -22,7 +22,7 @@ FILE_NBYTES = 256 * MIB
 CHUNKS = (MIB, 2 * MIB, 4 * MIB)
 DEPTHS = (4, 8)  # with fewer in flight a drive idles whenever a thread is late, and a short measurement may miss that
 NUM_ROUNDS = 3  # every candidate is measured so often, by turns: a shared drive's speed changes from second to second
-TOLERANCE = 0.1  # more than the noise of a short measurement; and the store hashes small requests while they are near
+TOLERANCE = 0.03  # the noise of a short measurement; small requests and few in flight win only within it
 
 
 @dataclass(frozen=True, kw_only=True)
