@@ -84,7 +84,6 @@ class Gradients:
         self._unit_locks: dict[int, asyncio.Lock] = {}
         self._in_flight: list[Future[None]] = []
         self._harvest: dict[nn.Parameter, Tensor] = {}
-        self._deferred: dict[nn.Parameter, Tensor] = {}
         self._turns: TurnSums | None = None
         self._arrived_in: dict[nn.Parameter, int] = {}
         self._squares: dict[nn.Parameter, float] = {}
@@ -127,34 +126,22 @@ class Gradients:
         """Send what was taken for `unit` on its way. Blocks while too many units' gradients are already on theirs.
 
         Args:
-            more_to_come: this backward will visit the unit again, so its sum is not complete. It is then held
-                back where earlier backwards have left a gradient to which only the complete sum may be added.
+            more_to_come: this backward has more for the unit, so its sum is not complete. Contributions are then held
+                back and added as they come, in the dtype in which autograd itself would add them: summed otherwise, a
+                budget that cuts a unit into finer ones would change bits.
         """
+        if more_to_come:
+            return
         with self._lock:
-            mine = {p: g for p, g in self._harvest.items() if self._unit_of[p] == unit}
-            for parameter in mine:
+            ready = {p: g for p, g in self._harvest.items() if self._unit_of[p] == unit}
+            for parameter in ready:
                 del self._harvest[parameter]
-        ready: dict[nn.Parameter, Tensor] = {}
-        for parameter, gradient in mine.items():
-            earlier = self._arrived_in.get(parameter, self.num_backwards) < self.num_backwards
-            held = self._deferred.pop(parameter, None)
-            if held is not None:
-                gradient = held + gradient.float()
-            if earlier and more_to_come:
-                self._deferred[parameter] = gradient.float()
-            else:
-                ready[parameter] = gradient
-        self._send(unit, ready, complete=not more_to_come)
+        self._send(unit, ready, complete=True)
 
-    def flush_turn(self, unit: int, micro_batch: int | None) -> None:
-        """`flush`, where micro-batches take turns: what was taken for `unit` in a call (or, with None, outside of one).
-
-        The unit's gradient is sent when it is that of all micro-batches.
-        """
+    def flush_turn(self, unit: int) -> None:
+        """`flush`, where micro-batches take turns: the unit's gradient is sent when it is that of all of them."""
         assert self._turns is not None
         with self._lock:
-            if micro_batch is not None:
-                self._turns.flush(unit, micro_batch)
             gradients = self._turns.complete(unit)
         self._send(unit, gradients, complete=True)
 
@@ -172,13 +159,8 @@ class Gradients:
             self.num_backwards += self._turns.num
             self._turns = None
             return
-        rest = self._deferred
-        self._deferred = {}
         with self._lock:
-            for parameter, gradient in self._harvest.items():
-                held = rest.get(parameter)
-                rest[parameter] = gradient if held is None else held + gradient.float()
-            self._harvest = {}
+            rest, self._harvest = self._harvest, {}
         by_unit: dict[int, dict[nn.Parameter, Tensor]] = {}
         for parameter, gradient in rest.items():
             by_unit.setdefault(self._unit_of[parameter], {})[parameter] = gradient
@@ -385,7 +367,6 @@ class Gradients:
         self._failure = None
         with self._lock:
             self._harvest = {}
-        self._deferred = {}
         self._turns = None
         self._arrived_in = {}
         self._squares = {}

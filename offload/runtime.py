@@ -181,7 +181,7 @@ class CallRuntime:
                 self._backward_seen()
                 self._gradients.take(parameter, micro_batch, leaf)
                 self.ledger.owe(unit, micro_batch, -1)
-                self._gradients.flush_turn(unit, None)
+                self._gradients.flush_turn(unit)
 
             leaf.register_post_accumulate_grad_hook(take)
             self.ledger.owe(unit, micro_batch, 1)
@@ -296,7 +296,7 @@ class CallRuntime:
             if not turn.round.calls:
                 self._stay.end()
         for unit in site.units:
-            self._gradients.flush_turn(unit.index, turn.micro_batch)
+            self._gradients.flush_turn(unit.index)
 
     # -- backwards
 

@@ -354,7 +354,7 @@ class Simulation:
                     stay.end()
                 for unit in site.units:
                     with self._waiting(unit.name):
-                        self._gradients.flush_turn(unit.index, number)
+                        self._gradients.flush_turn(unit.index)
         self._gradients.end_backward()
 
     def _call(self, site: CallSite, seconds: float) -> None:

@@ -66,9 +66,9 @@ class Stay:
 class TurnSums:
     """Gradients of a backward that visits all micro-batches of a step at once, kept apart and then added up.
 
-    The numbers are those of one backward per micro-batch: what `take` collects between two flushes of a unit is summed
-    in the compute dtype, the flushed sums of a micro-batch in fp32, and micro-batches are added in fp32 in their order,
-    each when it is complete. A unit leaves when all of it is complete, so its gradient goes home once per step.
+    The numbers are those of one backward per micro-batch: what belongs to one micro-batch is summed in the compute
+    dtype, and micro-batches are added in fp32 in their order, each when it is complete. A unit leaves when all of it is
+    complete, so its gradient goes home once per step.
 
     Args:
         num: micro-batches.
@@ -81,7 +81,6 @@ class TurnSums:
         self._unit_of = unit_of
         self._is_open = is_open
         self._harvest: dict[tuple[int, nn.Parameter], Tensor] = {}
-        self._sums: dict[tuple[int, nn.Parameter], Tensor] = {}
         self._totals: dict[nn.Parameter, Tensor] = {}
         self._num_added: dict[int, int] = {}
 
@@ -89,13 +88,6 @@ class TurnSums:
         key = micro_batch, parameter
         held = self._harvest.get(key)
         self._harvest[key] = gradient if held is None else held + gradient
-
-    def flush(self, unit: int, micro_batch: int) -> None:
-        """One call of `unit` by `micro_batch` is through backward."""
-        for key in [k for k in self._harvest if k[0] == micro_batch and self._unit_of[k[1]] == unit]:
-            gradient = self._harvest.pop(key)
-            held = self._sums.get(key)
-            self._sums[key] = gradient if held is None else held + gradient.float()
 
     def complete(self, unit: int) -> dict[nn.Parameter, Tensor]:
         """Add up what is complete of `unit`; its gradients (fp32) once nothing more can come, else nothing."""
@@ -108,16 +100,14 @@ class TurnSums:
 
     def rest(self) -> Iterable[tuple[int, dict[nn.Parameter, Tensor]]]:
         """Backward is over, so everything is complete: each unit that has not left, with its gradients (fp32)."""
-        keys = [*self._harvest, *self._sums]
-        for unit in sorted({self._unit_of[p] for _, p in keys} | {self._unit_of[p] for p in self._totals}):
+        for unit in sorted({self._unit_of[p] for _, p in self._harvest} | {self._unit_of[p] for p in self._totals}):
             for micro_batch in range(self.num):
                 self._add(unit, micro_batch)
             yield unit, self._leave(unit)
 
     def _add(self, unit: int, micro_batch: int) -> None:
-        self.flush(unit, micro_batch)
-        for key in [k for k in self._sums if k[0] == micro_batch and self._unit_of[k[1]] == unit]:
-            gradient, total = self._sums.pop(key), self._totals.get(key[1])
+        for key in [k for k in self._harvest if k[0] == micro_batch and self._unit_of[k[1]] == unit]:
+            gradient, total = self._harvest.pop(key), self._totals.get(key[1])
             # Never in place: what autograd leaves may share memory with something that is still needed.
             self._totals[key[1]] = gradient.float() if total is None else total + gradient.float()
 
