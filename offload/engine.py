@@ -229,6 +229,8 @@ class OffloadEngine:
         begun = self._early.decided(decision.grad_scale, decision.skipped) if self._early is not None else {}
         units = [layout.unit for layout in self._parts.layouts]
         self._residency.settle([u for u in units if u.index not in begun])  # what no forward has used since last step
+        in_step = self.config.update == "step"
+        until_s = math.inf if in_step else time.perf_counter()  # what the update moves later is the next step's
         if not decision.skipped:
             self._launch_update(decision.grad_scale, begun)
         # Before anything that may be interrupted: these gradients have been used and must not be used again.
@@ -238,10 +240,10 @@ class OffloadEngine:
             self._log.stage(self._step, self._state.capture(self._step))
         self._mid_step = False
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # lr schedulers ask whether a step came first
-        if self.config.update == "step":
+        if in_step:
             self._residency.settle()
         lr = float(self.optimizer.param_groups[0]["lr"])
-        info = self._record.end_step(self._step, loss, tokens, decision, lr, wait_from_s)
+        info = self._record.end_step(self._step, loss, tokens, decision, lr, wait_from_s, until_s)
         self._residency.ask_prefetch()
         return info
 

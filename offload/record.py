@@ -77,17 +77,25 @@ class StepRecord:
     # -- what it reports
 
     def end_step(
-        self, step: int, loss: float | None, tokens: int | None, decision: Decision, lr: float, waited_from_s: float
+        self,
+        step: int,
+        loss: float | None,
+        tokens: int | None,
+        decision: Decision,
+        lr: float,
+        waited_from_s: float,
+        until_s: float,
     ) -> StepInfo:
         """The report of the step that ends now. Blocks until the step's compute has run.
 
         Args:
             waited_from_s: since when compute has stood still for the step.
+            until_s: operations that started later belong to the next step.
         """
         now_s = time.perf_counter()
         self._trace.add_wait(Wait(waited_from_s, now_s, "step"))
         self._compute.settle()
-        spans, waits = self._trace.drain()
+        spans, waits = self._trace.drain(until_s)
         since_s = self._since_s if self._since_s is not None else now_s
         self._since_s = now_s
         bound_s = None if self._bound is None else self._bound.of(spans, self.took_turns).bound_s

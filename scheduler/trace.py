@@ -57,11 +57,13 @@ class Trace:
             self._spans = [span for span in self._spans if span.kind != "param"]
             self._waits = []
 
-    def drain(self) -> tuple[list[Span], list[Wait]]:
-        """Return all spans and waits recorded since the last call and forget them."""
+    def drain(self, until_s: float = float("inf")) -> tuple[list[Span], list[Wait]]:
+        """Return all spans and waits recorded since the last call and forget them; spans that started at `until_s` or
+        later are left for the next call."""
         with self._lock:
-            spans, waits = self._spans, self._waits
-            self._spans, self._waits = [], []
+            spans = [span for span in self._spans if span.start_s < until_s]
+            self._spans = [span for span in self._spans if span.start_s >= until_s]
+            waits, self._waits = self._waits, []
         return spans, waits
 
 

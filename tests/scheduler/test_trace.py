@@ -21,6 +21,14 @@ def test_drain_hands_over_once() -> None:
     assert trace.drain() == ([], [])
 
 
+def test_what_starts_later_is_left_for_the_next_drain() -> None:
+    trace = Trace()
+    for start_s in (1.0, 3.0, 2.0):
+        trace.add(span("read", start_s, start_s + 5))
+    assert [one.start_s for one in trace.drain(2.0)[0]] == [1.0]
+    assert [one.start_s for one in trace.drain()[0]] == [3.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("intervals", "length"),
     [
