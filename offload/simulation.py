@@ -29,8 +29,8 @@ from .journey import Journeys
 from .layout import Chunk, ChunkArrays
 from .optimizers import OptimizerSpec
 from .order import UseOrder
-from .residency import MIN_UPDATE_WINDOW_NBYTES, Residency
-from .scheduler.devices import Device, Event
+from .residency import Residency, update_window_nbytes
+from .scheduler.devices import Device, Event, HostEvent
 from .scheduler.fence import Fence
 from .scheduler.lanes import Lane
 from .scheduler.pool import Lease, Pool, PoolStatistics
@@ -104,26 +104,10 @@ class SimulatedDevice(Device):
         return
 
     def record(self) -> Event:
-        return _PassedEvent(self._loop.time())
+        return HostEvent(self._loop.time())  # the simulated thread records when the compute before it has passed
 
     def free_nbytes(self) -> int | None:
         return None if self.one_memory else self._nbytes
-
-
-class _PassedEvent:
-    """The simulated thread records an event when the compute before it has passed."""
-
-    def __init__(self, time_s: float) -> None:
-        self._time_s = time_s
-
-    def has_passed(self) -> bool:
-        return True
-
-    def synchronize(self) -> None:
-        return
-
-    def time_s(self) -> float:
-        return self._time_s
 
 
 class SimulatedStore:
@@ -251,7 +235,7 @@ class Simulation:
         journeys = Journeys(self.layouts, homes, resting, device, self._lanes, self.stage, stream, updates)
         self._residency = Residency(
             self.layouts, device, self._thread, self.slots, self._order, journeys, updates,
-            2 * max(plan.ring_nbytes, MIN_UPDATE_WINDOW_NBYTES), self._trace,
+            update_window_nbytes(plan.ring_nbytes), self._trace,
         )  # fmt: skip
         room = self._residency.make_room if device.one_memory else self.stage.acquire
         self._gradients = _SimulatedGradients(

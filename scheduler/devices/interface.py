@@ -22,12 +22,12 @@ class Event(Fence, Protocol):
 
 
 class HostEvent:
-    """An event of a device whose compute is the calling thread itself: passed when it is made."""
+    """An event of a device whose compute is the calling thread itself: passed when it is made, at `time_s` (now)."""
 
     __slots__ = ("_time_s",)
 
-    def __init__(self) -> None:
-        self._time_s = time.perf_counter()
+    def __init__(self, time_s: float | None = None) -> None:
+        self._time_s = time.perf_counter() if time_s is None else time_s
 
     def has_passed(self) -> bool:
         return True
