@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from offload.config import IO_THREADS_PER_DIRECTORY
 from offload.scheduler.hostmem import allocate_pages
 from offload.scheduler.lanes import Lanes
 from offload.scheduler.storage import DriveTuning, measure_drive, open_backend
 from offload.scheduler.trace import Trace
 from offload.store import Extent, Store
 from offload.store.checksum import block_digests
+from offload.threads import IO_PER_DRIVE
 
 MIB = 1 << 20
 Move = Callable[[str, int, Tensor], Coroutine[Any, Any, None]]
@@ -95,7 +95,7 @@ class StoreRig:
     """A store of one large and three small extents, all pieces written once."""
 
     def __init__(self, directory: Path, nbytes: int, verify: bool) -> None:
-        self.lanes = Lanes(Trace(), num_io_threads=IO_THREADS_PER_DIRECTORY)
+        self.lanes = Lanes(Trace(), num_io_threads=IO_PER_DRIVE)
         self.large = nbytes // LARGE_NBYTES
         self.num_small = {size: min(MAX_SMALL, nbytes // size) for size in SMALL_SIZES}
         extents = [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
+from offload.bound import StepWork, step_work
 from offload.store.checksum import spent_s
 
 from . import text
@@ -51,13 +52,15 @@ class StepCase:
     host_memory: str | int
     durability: str
     verify: bool
+    update: str = "auto"
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one process saw. Lists have one entry per counted step; `read_nbytes` and `write_nbytes` are NVMe bytes,
-    `hash_s` the CPU seconds that their checksums took."""
+    `hash_s` the CPU seconds that their checksums took, `compute_s` the seconds of forward and of backward (plain torch
+    only), `work` what the placement makes a step move (`bound.StepWork`, the engine only)."""
 
     case: str
     num_parameters: int
@@ -67,6 +70,8 @@ class StepResult:
     write_nbytes: list[int]
     exposed_s: list[float]
     hash_s: list[float]
+    compute_s: list[tuple[float, float]]
+    work: dict[str, dict[str, float]] | None
     baseline_rss_nbytes: int
     peak_rss_nbytes: int
     device_peak_nbytes: int
@@ -78,10 +83,13 @@ def run(case: StepCase) -> StepResult:
     torch.manual_seed(case.seed)
     model = GPT(preset(case.model, context=case.seq))
     hashing_s: list[float] = []
+    compute_s: list[tuple[float, float]] = []
+    infos: list[StepInfo] = []
+    work = None
     if case.case.startswith("plain"):
-        infos, losses, seconds = _run_plain(case, model)
+        losses, seconds = _run_plain(case, model, compute_s)
     else:
-        infos, losses, seconds = _run_engine(case, model, hashing_s)
+        losses, seconds, work = _run_engine(case, model, infos, hashing_s)
     counted = slice(case.warm_up, None)
     return StepResult(
         case=case.case,
@@ -92,13 +100,15 @@ def run(case: StepCase) -> StepResult:
         write_nbytes=[info.nbytes.get("write", 0) for info in infos[counted]],
         exposed_s=[sum(info.exposed_s.values()) for info in infos[counted]],
         hash_s=hashing_s[counted],
+        compute_s=compute_s[counted],
+        work=None if work is None else asdict(work),
         baseline_rss_nbytes=baseline_nbytes,
         peak_rss_nbytes=peak_rss_nbytes(),
         device_peak_nbytes=torch.accelerator.max_memory_allocated() if torch.accelerator.is_available() else 0,
     )
 
 
-def _run_plain(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float], list[float]]:
+def _run_plain(case: StepCase, model: GPT, compute_s: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
     device = case.device
     if device == "auto":
         device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
@@ -110,12 +120,18 @@ def _run_plain(case: StepCase, model: GPT) -> tuple[list[StepInfo], list[float],
         device=device,
         recompute=case.case == "plain-recompute",
     )
-    losses, seconds = _timed(case, device, trainer.step)
-    return [], losses, seconds
+
+    def step(ids: Tensor, targets: Tensor) -> float:
+        loss = trainer.step(ids, targets)
+        compute_s.append(trainer.compute_s)
+        return loss
+
+    return _timed(case, device, step)
 
 
-def _run_engine(case: StepCase, model: GPT, hashing_s: list[float]) -> tuple[list[StepInfo], list[float], list[float]]:
-    infos: list[StepInfo] = []
+def _run_engine(
+    case: StepCase, model: GPT, infos: list[StepInfo], hashing_s: list[float]
+) -> tuple[list[float], list[float], StepWork]:
     config = OffloadConfig(
         device=case.device,
         nvme=case.nvme,
@@ -124,6 +140,7 @@ def _run_engine(case: StepCase, model: GPT, hashing_s: list[float]) -> tuple[lis
         homes=HOMES[case.case],
         durability=int(case.durability) if case.durability.isdigit() else case.durability,  # type: ignore[arg-type]
         verify=case.verify,
+        update=case.update,  # type: ignore[arg-type]
     )
     with OffloadEngine(model, AdamW(lr=LR, weight_decay=WEIGHT_DECAY), config) as engine:
 
@@ -136,7 +153,16 @@ def _run_engine(case: StepCase, model: GPT, hashing_s: list[float]) -> tuple[lis
             return loss.item()
 
         losses, seconds = _timed(case, next(engine.module.parameters()).device, step)
-    return infos, losses, seconds
+        parts = engine._parts
+        one_memory = parts.device.one_memory
+        work = step_work(
+            parts.layouts,
+            parts.plan.homes,
+            one_memory=one_memory,
+            commit_interval=config.commit_interval,
+            reuse_nbytes=parts.plan.stage_nbytes if one_memory else parts.plan.device_nbytes,
+        )
+    return losses, seconds, work
 
 
 def _timed(

@@ -14,13 +14,19 @@ from pathlib import Path
 
 import numpy
 
+from offload.bound import Bound, StepWork, Work, lower_bound, update_share
+from offload.scheduler.rig import Rig
+
 from .models.gpt import preset
 from .step_case import CASES, HOMES, StepCase, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTable:
-    """Which cases to run, on which model, how often. `nvme` is an existing folder; each case gets a new one inside."""
+    """Which cases to run, on which model, how often. `nvme` is an existing folder; each case gets a new one inside.
+
+    With a `rig`, and the case "plain" beside them, each of the engine's cases has its lower bound.
+    """
 
     cases: tuple[str, ...] = ("plain", "memory", "states-nvme", "nvme")
     model: str = "base"
@@ -35,6 +41,8 @@ class StepTable:
     host_memory: str | int = "auto"
     durability: str = "step"
     verify: bool = True
+    update: str = "auto"
+    rig: Rig | None = None
 
     def __post_init__(self) -> None:
         unknown = [case for case in self.cases if case not in CASES]
@@ -63,6 +71,13 @@ class Row:
     peak_rss_nbytes: int
     device_peak_nbytes: int
     last_loss: float
+    bound_s: float | None = None
+    bound_lane: str | None = None
+
+    @property
+    def bound_ratio(self) -> float | None:
+        """Median step over its bound."""
+        return None if self.bound_s is None else self.step_s[1] / self.bound_s
 
 
 def expected_nbytes(case: str, dtype: str, durability: str = "none") -> tuple[float, float]:
@@ -119,6 +134,7 @@ def run_alone(table: StepTable, case: str) -> StepResult:
             host_memory=table.host_memory,
             durability=table.durability,
             verify=table.verify,
+            update=table.update,
         )
         command = [sys.executable, "-P", "-m", "offload.bench.step_case", json.dumps(asdict(wanted))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -140,6 +156,7 @@ def _row(table: StepTable, case: str, results: list[StepResult], plain_s: float)
     reads = [nbytes for result in own for nbytes in result.read_nbytes]
     writes = [nbytes for result in own for nbytes in result.write_nbytes]
     expected_read, expected_write = expected_nbytes(case, table.dtype, table.durability)
+    bound = _bound(table, case, results)
     return Row(
         case=case,
         label=CASES[case],
@@ -155,4 +172,23 @@ def _row(table: StepTable, case: str, results: list[StepResult], plain_s: float)
         peak_rss_nbytes=max(result.peak_rss_nbytes for result in own),
         device_peak_nbytes=max(result.device_peak_nbytes for result in own),
         last_loss=own[-1].losses[-1],
+        bound_s=None if bound is None else bound.bound_s,
+        bound_lane=None if bound is None else bound.lane,
+    )
+
+
+def _bound(table: StepTable, case: str, results: list[StepResult]) -> Bound | None:
+    """The least time that a step of `case` takes on the rig: bytes from its placement, compute from plain torch."""
+    plain = [seconds for result in results if result.case == "plain" for seconds in result.compute_s]
+    work = next((result.work for result in results if result.case == case), None)
+    if table.rig is None or work is None or not plain:
+        return None
+    forward_s, backward_s = (float(value) for value in numpy.median(plain, axis=0))
+    return lower_bound(
+        StepWork(**{phase: Work(**amounts) for phase, amounts in work.items()}),
+        table.rig,
+        forward_s=forward_s,
+        backward_s=backward_s,
+        alpha=update_share(table.update, clips=False),
+        compute_on_cores=table.rig.one_memory,
     )

@@ -1,6 +1,7 @@
 """The training run behind `offload train`: a byte-level GPT in an engine, on real text."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ class TrainReport:
     """What a run did. Losses in nats per byte, `*_nbytes` in bytes, seconds summed over all steps.
 
     Outside the budget lie the boundaries between units, what autograd saves inside one unit, and the logits.
+    `bound_ratio` is the median step over its lower bound, where the configuration names a rig.
     """
 
     num_parameters: int
@@ -105,7 +107,13 @@ class TrainReport:
     units: str
     corpus: dict[str, object]
     sample: str
+    bound_ratio: float | None = None
     history: list[dict[str, object]] = field(default_factory=list)
+
+
+def _middle(ratios: list[float | None]) -> float | None:
+    known = [ratio for ratio in ratios if ratio is not None]
+    return statistics.median(known) if known else None
 
 
 def cosine_with_warm_up(steps: int) -> Callable[[int], float]:
@@ -298,6 +306,7 @@ class _Run:
                 "held_out_nbytes": len(self.corpus.held_out),
             },
             sample=sample,
+            bound_ratio=_middle([info.bound_ratio for info, _ in history]),
             history=[
                 {
                     "step": info.step,

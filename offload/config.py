@@ -17,10 +17,10 @@ from .scheduler.rig import Rig
 from .scheduler.storage import Backend
 from .scheduler.trace import Trace
 from .sizes import parse_size
+from .threads import Threads, check_threads, plan_threads
 
 HOME_KINDS = ("param", "states", "grad")
 HOME_TIERS = ("host", "nvme")
-IO_THREADS_PER_DIRECTORY = 6  # for each of reading and writing: they hash as well, so a few more than the drive needs
 UPDATE_MODES = ("auto", "next_forward", "backward", "speculative", "step")
 
 
@@ -64,6 +64,8 @@ class OffloadConfig:
         verify: whether every read from the store is compared with its checksum.
         resume: go on from the last committed step of the store in `nvme`, bit for bit.
         overwrite: discard a store in `nvme` that could be resumed.
+        threads: how many threads work beside those of torch, where the plan's numbers shall not hold: "update" (updates
+            and sums on the cores) and "io" (for each of reading and writing). All numbers give the same bits.
         rig: what the machine's lanes can do (a `scheduler.rig.Rig`, or the path of its TOML file), so that each step is
             reported beside its lower bound (`StepInfo.bound_s`); None reports none.
         rated_endurance: bytes that the drives may be written in their life ("600TB"), for the wear account.
@@ -87,6 +89,7 @@ class OffloadConfig:
     verify: bool = True
     resume: bool = False
     overwrite: bool = False
+    threads: Mapping[str, int] = field(default_factory=dict)
     rig: Rig | str | os.PathLike[str] | None = None
     rated_endurance: str | int | None = None
 
@@ -125,6 +128,7 @@ class OffloadConfig:
                 parse_size(getattr(self, name), name)
         if self.activation_memory not in ("auto", 0):
             parse_size(self.activation_memory, "activation_memory")
+        check_threads(self.threads)
         self._check_homes()
         self._check_store()
 
@@ -209,13 +213,14 @@ class OffloadConfig:
         """Elements of one chunk, as which states stream."""
         return layout.CHUNK_NUMEL
 
+    def plan_threads(self) -> Threads:
+        """How many threads compute, update and move bytes."""
+        return plan_threads(self.threads, cores=usable_cores(), drives=len(self.nvme_directories))
+
     def open_lanes(self) -> Lanes:
         """The lanes that the engine runs on, with an empty trace."""
-        return Lanes(
-            Trace(),
-            num_io_threads=IO_THREADS_PER_DIRECTORY * max(1, len(self.nvme_directories)),
-            num_cpu_threads=usable_cores(),
-        )
+        threads = self.plan_threads()
+        return Lanes(Trace(), num_io_threads=threads.io, num_cpu_threads=threads.update)
 
     def backend_factory(self) -> Callable[[Path], Backend] | None:
         """What makes the storage of each NVMe directory; None: files, by direct I/O where the system has it."""

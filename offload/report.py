@@ -46,4 +46,5 @@ def unit_table(parts: Assembly) -> str:
         f"{format_size(plan.stage_nbytes)} on the way, of {format_size(parts.host_budget_nbytes)}; device: "
         f"{parts.device.name}"
     )
+    lines.append(f"threads: {parts.config.plan_threads()}")
     return "\n".join(lines)

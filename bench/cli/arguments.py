@@ -49,11 +49,19 @@ def memory_size(value: str) -> str | int:
     return int(value) if value.isdecimal() else value
 
 
+def update_on(value: str) -> str | float:
+    """An argparse type: a share between 0 and 1; words are for the configuration to judge."""
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as one JSON object to FILE")
 
 
-def check_writable(path: Path | None) -> None:
+def check_writable(path: Path | None, flag: str = "--json") -> None:
     """Refuse a result file that cannot be written before hours are spent on the result.
 
     Raises: ValueError if `path` is a folder, or its folder is missing or not writable.
@@ -61,11 +69,11 @@ def check_writable(path: Path | None) -> None:
     if path is None:
         return
     if path.is_dir():
-        raise ValueError(f"--json {str(path)!r} is a folder. Pass a file name, for example {str(path / 'run.json')!r}.")
+        raise ValueError(f"{flag} {str(path)!r} is a folder. Pass a file name, for example {str(path / 'run.json')!r}.")
     if not path.parent.is_dir():
-        raise ValueError(f"--json {str(path)!r}: the folder {str(path.parent)!r} does not exist. Make it first.")
+        raise ValueError(f"{flag} {str(path)!r}: the folder {str(path.parent)!r} does not exist. Make it first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--json {str(path)!r} is not writable. Pass a file in a folder that is.")
+        raise ValueError(f"{flag} {str(path)!r} is not writable. Pass a file in a folder that is.")
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

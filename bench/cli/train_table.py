@@ -40,6 +40,8 @@ def rows(report: TrainReport, options: TrainOptions) -> list[tuple[str, str]]:
         ),
         ("tokens/s", f"{report.tokens_per_s:.0f}"),
     ]
+    if report.bound_ratio is not None:
+        table.append(("step over its lower bound", f"{report.bound_ratio:.2f} (median, on the rig given)"))
     if report.skipped_steps:
         table.append(("skipped steps", f"{report.skipped_steps} (loss or gradient not finite)"))
     for lane, verb in (("read", "read from NVMe"), ("write", "written to NVMe")):

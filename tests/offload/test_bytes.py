@@ -3,7 +3,7 @@
 The model is a pile of L layers `x + relu(linear(x))` of width 512, one unit each, in bf16 with a split master: a
 parameter is 2 B, its states are 2 (low half) + 8 (moments). Expected per parameter and step:
 
-    Sh, states on the drive: read 10, written 10; where each step is durable, the parameter that rests in DRAM besides: 12
+    Sh, states on the drive: read 10, written 10; where each step is durable 12, for the parameter in DRAM is copied
     S, parameters there too: read 2 for backward, 2 for forward and the update at once, 10; written 10 + 2
 
 Source: ZeRO-Infinity (Rajbhandari et al. 2021, section 4.1) counts the same 12 bytes of states.

@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 
 from ..arguments import add_json, check_writable, positive, write_json
 
@@ -11,6 +12,9 @@ HELP = "measure the drives under directories"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="one per drive; made if missing")
     parser.add_argument("--seconds", type=positive, default=4.0, help="how long to measure each (default 4)")
+    parser.add_argument(
+        "--rig", type=Path, metavar="FILE", help="measure cores and compute too, and write this machine as a rig (TOML)"
+    )
     add_json(parser)
 
 
@@ -26,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ...memory import format_nbytes
 
     check_writable(arguments.json)
+    check_writable(arguments.rig, "--rig")
     reports = []
     for directory in arguments.directories:
         folders = open_folders([directory], None, make=True)
@@ -53,5 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         table.add_row(name, *(cell(report) for report in reports))
     console.print(table)
+    if arguments.rig is not None:
+        from ...measured_rig import measure_rig
+
+        rig = measure_rig(reports)
+        rig.write(arguments.rig)
+        console.print(rig.to_toml(), markup=False, soft_wrap=True)
+        console.print(f"the machine as a rig: {arguments.rig}", markup=False)
     write_json(arguments.json, {"machine": machine.as_dict(), "drives": [asdict(report) for report in reports]})
     return 0

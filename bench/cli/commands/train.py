@@ -5,7 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import add_json, check_writable, count, durability, memory_size, norm_limit, positive, write_json
+from ..arguments import (
+    add_json,
+    check_writable,
+    count,
+    durability,
+    memory_size,
+    norm_limit,
+    positive,
+    update_on,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from offload import OffloadConfig
@@ -28,6 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--durability", type=durability, default="step", help='what survives a crash: "step" (default), N, or "none"'
     )
+    parser.add_argument(
+        "--activation-memory", type=memory_size, default="auto", metavar="SIZE", help="0: compute everything again"
+    )
+    parser.add_argument("--update", default="auto", help="when units are updated, as in OffloadConfig (default auto)")
+    parser.add_argument(
+        "--update-on",
+        type=update_on,
+        default="host",
+        metavar="WHERE",
+        help='where, beside an accelerator: "host" (default), "device", or the device\'s share between 0 and 1',
+    )
+    parser.add_argument("--rig", metavar="RIG", help="show each step's lower bound on this rig (offload probe --rig)")
     parser.add_argument("--resume", action="store_true", help="go on from the last committed step in --nvme")
     parser.add_argument("--overwrite", action="store_true", help="discard a run in --nvme that could be resumed")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... or fake")
@@ -93,6 +115,7 @@ def _config(arguments: argparse.Namespace) -> "OffloadConfig":
     from offload import OffloadConfig
 
     from ...machine import native_bfloat16
+    from ...rigs import find
 
     name = arguments.dtype
     if name == "auto":
@@ -108,6 +131,10 @@ def _config(arguments: argparse.Namespace) -> "OffloadConfig":
         dtype=getattr(torch, name),
         micro_batches=arguments.micro_batches,
         clip_grad_norm=arguments.clip,
+        activation_memory=arguments.activation_memory,
+        update=arguments.update,
+        update_on=arguments.update_on,
+        rig=None if arguments.rig is None else find(arguments.rig),
         durability=arguments.durability,
         resume=arguments.resume,
         overwrite=arguments.overwrite,

@@ -27,6 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nvme", type=Path, default=Path(), metavar="DIR", help="an existing folder (default: .)")
     parser.add_argument("--durability", default="step", help='"step" (default), "none", or N for every N-th step')
     parser.add_argument("--no-verify", action="store_true", help="do not compare checksums of what is read")
+    parser.add_argument("--update", default="auto", help="when units are updated, as in OffloadConfig (default auto)")
+    parser.add_argument(
+        "--rig", metavar="RIG", help="show each case beside its lower bound on this rig (see offload probe --rig)"
+    )
     parser.add_argument("--cases", default="plain,memory,states-nvme,nvme", help="also plain-recompute")
     add_json(parser)
 
@@ -35,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ....machine import describe
+    from ....rigs import find
     from ....step_table import StepTable, measure
 
     check_writable(arguments.json)
@@ -52,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         host_memory=arguments.host_memory,
         durability=arguments.durability,
         verify=not arguments.no_verify,
+        update=arguments.update,
+        rig=None if arguments.rig is None else find(arguments.rig),
     )
     progress = Console(stderr=True)
     rows, results = measure(table, lambda line: progress.print(line, markup=False, highlight=False))
@@ -81,13 +88,17 @@ def lines(table: "StepTable", rows: "list[Row]", machine: "Machine") -> list[str
     )
     head.append(f"# durability {table.durability}, checksums {'compared' if table.verify else 'not compared'} on read")
     head.append("# the engine keeps activations while activation_memory lasts; expected: with the smallest window")
-    head.append("| case | tokens/s | of plain | step s | waiting | NVMe B/param: read, written | expected | peak RSS |")
-    head.append("|---|---|---|---|---|---|---|---|")
+    head.append(
+        "| case | tokens/s | of plain | step s | bound s, ratio, lane | waiting "
+        "| NVMe B/param: read, written | expected | peak RSS |"
+    )
+    head.append("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, middle, high = row.step_s
+        bound = "" if row.bound_s is None else f"{row.bound_s:.2f}, {row.bound_ratio:.2f}, {row.bound_lane}"
         head.append(
             f"| {row.label} | {row.tokens_per_s:.0f} | {row.relative:.2f} | {middle:.2f} [{low:.2f}, {high:.2f}] "
-            f"| {row.exposed_share:.1%} | {row.read_per_parameter:.2f}, {row.write_per_parameter:.2f} "
+            f"| {bound} | {row.exposed_share:.1%} | {row.read_per_parameter:.2f}, {row.write_per_parameter:.2f} "
             f"| {row.expected_read:.0f}, {row.expected_write:.0f} | {format_nbytes(row.peak_rss_nbytes)} |"
         )
     return head
