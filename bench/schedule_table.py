@@ -7,7 +7,7 @@ the regime multiplies true matrices. Where a norm must be known first, the bound
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy
@@ -101,20 +101,19 @@ def measure_schedule(
     *,
     steps: int = 5,
     warm_up: int = 2,
-) -> list[ScheduleRow]:
-    """Run every regime with every feature that applies to it, in this process and with one compute thread."""
+) -> Iterator[ScheduleRow]:
+    """Run every regime with every feature that applies to it, in this process and with one compute thread; each row as
+    soon as it is measured."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the other core is for everything that the schedule hides behind compute
     try:
-        rows = []
         for regime in regimes:
             seconds = compute_seconds(regime)
             for feature in features:
                 if feature.applies(regime):
                     on_case(f"{regime.name}: {feature.name}")
                     bound = bound_of(regime, seconds, feature if feature.own_bound else AS_IT_IS)
-                    rows.append(_measure(regime, feature, bound, steps, warm_up))
-        return rows
+                    yield _measure(regime, feature, bound, steps, warm_up)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -243,23 +242,27 @@ def row_of(regime: Regime, feature: Feature, bound: Bound, infos: Sequence[StepI
     )
 
 
-def lines(rows: Sequence[ScheduleRow]) -> list[str]:
-    """The table as Markdown."""
-    shown = [lane for lane in LANES if lane != "compute"]
-    head = ["regime", "schedule", "step s [p20, p80]", "bound s", "ratio", "global s", "slowest lane"]
-    head += [f"waits {lane}" for lane in shown]
-    table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        low, middle, high = row.step_s
-        cells = [
-            row.regime,
-            row.feature,
-            f"{middle:.3f} [{low:.3f}, {high:.3f}]",
-            f"{row.bound_s:.3f}",
-            f"{row.bound_ratio:.2f}",
-            f"{row.global_s:.3f}",
-            row.lane,
-            *(f"{row.exposed_s[lane]:.3f}" for lane in shown),
-        ]
-        table.append("| " + " | ".join(cells) + " |")
-    return table
+SHOWN = [lane for lane in LANES if lane != "compute"]
+
+
+def head() -> list[str]:
+    """The first two lines of the table, in Markdown."""
+    names = ["regime", "schedule", "step s [p20, p80]", "bound s", "ratio", "global s", "slowest lane"]
+    names += [f"waits {lane}" for lane in SHOWN]
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def line(row: ScheduleRow) -> str:
+    """One line of the table, in Markdown."""
+    low, middle, high = row.step_s
+    cells = [
+        row.regime,
+        row.feature,
+        f"{middle:.3f} [{low:.3f}, {high:.3f}]",
+        f"{row.bound_s:.3f}",
+        f"{row.bound_ratio:.2f}",
+        f"{row.global_s:.3f}",
+        row.lane,
+        *(f"{row.exposed_s[lane]:.3f}" for lane in SHOWN),
+    ]
+    return "| " + " | ".join(cells) + " |"

@@ -13,7 +13,7 @@ from offload.bench import rigs
 from offload.bench.models.paced import PacedStack, Pacer
 from offload.bench.paced import PacedConfig
 from offload.bench.regimes import REGIMES, Regime, regime
-from offload.bench.schedule_table import AS_IT_IS, FEATURES, bound_of, compute_seconds, config_of, lines, row_of
+from offload.bench.schedule_table import AS_IT_IS, FEATURES, bound_of, compute_seconds, config_of, head, line, row_of
 from offload.scheduler.trace import LANES
 
 SMALL = {"num_units": 4, "width": 64}
@@ -104,8 +104,8 @@ def test_a_row_has_the_median_over_the_bound() -> None:
     row = row_of(one, AS_IT_IS, bound_of(one, compute_seconds(one)), infos)
     assert row.step_s[1] == 1.2 and row.bound_ratio == pytest.approx(1.2 / 0.9)
     assert row.exposed_s["read"] == pytest.approx(0.13)
-    table = lines([row])
-    assert len({line.count("|") for line in table}) == 1
+    table = [*head(), line(row)]
+    assert len({words.count("|") for words in table}) == 1
     assert "| read | update in the next forward | 1.200 [1.020, 1.560] | 0.900 | 1.33 | 0.600 | drive |" in table[2]
 
 

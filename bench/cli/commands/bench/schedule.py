@@ -21,27 +21,29 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ....machine import describe
     from ....regimes import REGIMES, regime
-    from ....schedule_table import AS_IT_IS, FEATURES, lines, measure_schedule
+    from ....schedule_table import AS_IT_IS, FEATURES, head, line, measure_schedule
 
     check_writable(arguments.json)
     regimes = [regime(name) for name in arguments.regime] if arguments.regime else list(REGIMES)
     progress = Console(stderr=True)
-    rows = measure_schedule(
-        regimes,
-        [AS_IT_IS] if arguments.only_all else FEATURES,
-        lambda line: progress.print(line, markup=False, highlight=False),
-        steps=arguments.steps,
-        warm_up=arguments.warm_up,
-    )
     machine = describe(None)
-    for line in machine.lines():
-        print(f"# schedule  {line}")
+    for words in machine.lines():
+        print(f"# schedule  {words}")
     print(
         f"# paced rigs, one compute thread; {arguments.warm_up} warm-up + {arguments.steps} timed steps; "
         "median [p20, p80]; bound: of the phases where a norm is waited for; waits: seconds a step, by lane"
     )
-    for line in lines(rows):
-        print(line)
+    print("\n".join(head()), flush=True)
+    rows = []
+    for row in measure_schedule(
+        regimes,
+        [AS_IT_IS] if arguments.only_all else FEATURES,
+        lambda words: progress.print(words, markup=False, highlight=False),
+        steps=arguments.steps,
+        warm_up=arguments.warm_up,
+    ):
+        rows.append(row)
+        print(line(row), flush=True)
     write_json(
         arguments.json,
         {
