@@ -237,15 +237,14 @@ def _passes(case: Case, spans: list[tuple[int, int]], share: Callable[..., None]
         with dispatch.use(name):
             share(lambda part: case.call(**part), parts)
 
-    names = ["native", "reference"] if dispatch.why_not_native() is None else ["reference"]
-    return {name: functools.partial(one_pass, name) for name in names}
+    return {name: functools.partial(one_pass, name) for name in dispatch.available()}
 
 
 def _roof_pass(
     case: Case, elements: int, spans: list[tuple[int, int]], share: Callable[..., None]
 ) -> Callable[[], object] | None:
     """A pass over arrays of the case's widths with next to no arithmetic; None without the native library."""
-    if dispatch.why_not_native() is not None:
+    if "native" not in dispatch.available():
         return None
     native = library.load()
     arrays = [torch.zeros(elements * size, dtype=torch.uint8) for size, _ in case.streams]

@@ -1,7 +1,9 @@
-"""Which implementation runs: native C or plain torch for CPU tensors, Triton or plain torch for the others.
+"""Which implementation runs: for CPU tensors native C, else the same compiled by numba where it is installed, else
+plain torch; for the others Triton or plain torch.
 
 The choice is one per process, not one per thread: the kernels are called from executor threads that must follow what
-the main thread asked for. `OFFLOAD_KERNELS=reference|native` in the environment forces it; it is read at first use.
+the main thread asked for. `OFFLOAD_KERNELS=native|numba|reference` in the environment forces it; it is read at first
+use.
 """
 
 from __future__ import annotations
@@ -14,44 +16,62 @@ import os
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import reference
-from .native import calls, library
+from .jit import library as jit_library
+from .native import library
+from .native.calls import Calls
 
 _LOG = logging.getLogger("offload.kernels")
-_NAMES = ("native", "reference", "triton", "auto")
+_COMPILED = ("native", "numba")  # the faster one first
+_NAMES = (*_COMPILED, "reference", "triton", "auto")
 _forced: str | None = None  # set by `use`; None: the environment, else automatic
 
 
 def implementation() -> str:
-    """What runs for CPU tensors: "native" or "reference"; "triton" only where a test asked for its interpreter.
+    """What runs for CPU tensors: "native", "numba" or "reference"; "triton" only where a test asked for it.
 
-    Raises: ValueError if OFFLOAD_KERNELS holds another word; RuntimeError if native is forced but cannot be loaded.
+    At first use this compiles what has to be compiled, which takes seconds.
+
+    Raises: ValueError if OFFLOAD_KERNELS holds another word; RuntimeError if what is forced cannot run.
     """
     wanted = _wanted()
     if wanted in ("reference", "triton"):
         return wanted
-    reason = _load_failure()
-    if reason is None:
-        return "native"
-    if wanted == "native":
-        raise RuntimeError(f"The native kernels were asked for but cannot run. {reason}")
-    _notice_once(reason)
+    for name in _COMPILED if wanted == "auto" else (wanted,):
+        if _load_failure(name) is None:
+            if name != wanted:
+                _notice_once(name)
+            return name
+    if wanted != "auto":
+        raise RuntimeError(f"The {wanted} kernels were asked for but cannot run. {_load_failure(wanted)}")
+    _notice_once("reference")
     return "reference"
 
 
 def why_not_native() -> str | None:
-    """Why CPU tensors take the slower torch path, in one sentence; None when they do not."""
-    if _wanted() == "reference":
-        return "The native kernels are switched off: OFFLOAD_KERNELS or use() says reference."
-    return _load_failure()
+    """Why CPU tensors do not take the native kernels, and where they take plain torch, why not numba's; else None."""
+    if (wanted := _wanted()) in ("reference", "numba"):
+        return f"The native kernels are switched off: OFFLOAD_KERNELS or use() says {wanted}."
+    reasons = []
+    for name in _COMPILED:
+        if (reason := _load_failure(name)) is None:
+            break
+        reasons.append(reason)
+    return " ".join(reasons) or None
+
+
+def available() -> tuple[str, ...]:
+    """The implementations that can run for CPU tensors here, the fastest first; loads them."""
+    return (*(name for name in _COMPILED if _load_failure(name) is None), "reference")
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force an implementation within the block, in every thread of the process: "native", "reference" or "auto".
+    """Force an implementation within the block, in every thread of the process: "native", "numba", "reference", "auto".
 
     "triton" runs the device kernels on CPU tensors too, which works under TRITON_INTERPRET=1 only: for tests.
 
@@ -67,12 +87,12 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
-def backend(device: torch.device) -> ModuleType:
-    """The module whose functions compute on flat tensors of `device`."""
+def backend(device: torch.device) -> ModuleType | Calls:
+    """The module, or the object, whose functions compute on flat tensors of `device`."""
     if uses_triton(device):
         return importlib.import_module(".triton", __package__)
-    if device.type == "cpu" and implementation() == "native":
-        return calls
+    if device.type == "cpu" and (name := implementation()) in _COMPILED:
+        return _calls(name)
     return reference
 
 
@@ -120,14 +140,27 @@ def _has_triton() -> bool:
 
 
 @cache
-def _load_failure() -> str | None:
+def _load_failure(name: str) -> str | None:
+    """Why the kernels "native" or "numba" cannot run here, None where they can; loads them."""
     try:
-        library.load()
+        _load(name)
     except library.LibraryUnavailable as error:
         return str(error)
     return None
 
 
+def _load(name: str) -> Any:
+    return library.load() if name == "native" else jit_library.load()
+
+
 @cache
-def _notice_once(reason: str) -> None:
-    _LOG.warning("CPU kernels run in plain torch, 10 to 40 times slower. %s", reason)
+def _calls(name: str) -> Calls:
+    return Calls(_load(name))
+
+
+@cache
+def _notice_once(name: str) -> None:
+    if name == "numba":
+        _LOG.warning("CPU kernels are compiled by numba: ten seconds at first use, then cached. %s", why_not_native())
+    elif name == "reference":
+        _LOG.warning("CPU kernels run in plain torch, 5 to 20 times slower. %s", why_not_native())

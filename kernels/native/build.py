@@ -67,7 +67,7 @@ def build(out_dir: Path | str, cc: str | Sequence[str] | None = None) -> Path:
     """
     command = [cc] if isinstance(cc, str) else list(cc) if cc else find_compiler()
     if not command:
-        raise BuildError("No C compiler: set CC, or install gcc or clang. Without one the slower torch path runs.")
+        raise BuildError("No C compiler: set CC, or install gcc or clang.")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     descriptor, partial = tempfile.mkstemp(dir=out_dir, prefix=LIBRARY_NAME, suffix=".partial")

@@ -66,7 +66,7 @@ class StreamStruct(ctypes.Structure):
 _INT, _SIZE, _FLOAT, _DOUBLE = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
 _ADDRESS = ctypes.c_void_p
 _ADAM, _SGD, _ROUNDING = (ctypes.POINTER(struct) for struct in (AdamStruct, SgdStruct, RoundingStruct))
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "limit_isa": (_INT, (_INT,)),
     "source_hash": (ctypes.c_char_p, ()),
     "adam": (None, (_INT, _SIZE, *(_ADDRESS,) * 5, _ADAM)),
@@ -85,7 +85,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "join": (None, (_SIZE, _ADDRESS, _ADDRESS, _ADDRESS)),
     "stream": (ctypes.c_uint64, (_SIZE, _INT, ctypes.POINTER(StreamStruct))),
 }
-_PREFIX = "offl_"
+PREFIX = "offl_"
 
 
 class LibraryUnavailable(RuntimeError):
@@ -145,8 +145,8 @@ def _open_current(path: Path) -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, _PREFIX + name)
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, PREFIX + name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError):
         return None

@@ -65,10 +65,28 @@ def test_the_reason_for_slow_kernels_is_given_and_is_no_failure(capsys: pytest.C
     assert output[line + 1] == "    The native kernels are switched off: OFFLOAD_KERNELS or use() says reference."
 
 
+@pytest.mark.parametrize(
+    ("numba", "value", "advice"),
+    [
+        (None, "numba, up to 3 times the CPU time of native", "No C compiler: install gcc."),
+        ("Install numba.", "reference, slower", "No C compiler: install gcc. Install numba."),
+    ],
+)
+def test_the_next_best_kernels_are_named_with_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, numba: str | None, value: str, advice: str
+) -> None:
+    failures = {"native": "No C compiler: install gcc.", "numba": numba}
+    monkeypatch.setattr(dispatch, "_load_failure", failures.get)
+    assert main(["doctor"]) == 0
+    output = capsys.readouterr().out.splitlines()
+    line = output.index(f"[-] kernels, cpu: {value}")
+    assert output[line + 1] == f"    {advice}"
+
+
 def test_kernels_that_were_asked_for_but_cannot_run_are_a_failure(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_load_failure", lambda: "No C compiler.")
+    monkeypatch.setattr(dispatch, "_load_failure", lambda name: "No C compiler.")
     with dispatch.use("native"):
         assert report(capsys, code=2)["kernels, cpu"] == "cannot run"
 

@@ -1,7 +1,8 @@
-"""Helpers of the kernel tests: bitwise comparison, tensors that hold the hard bit patterns, both implementations."""
+"""Helpers of the kernel tests: bitwise comparison, tensors that hold the hard bit patterns, all implementations."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from offload.kernels import dispatch
 from offload.kernels.master import split_
 
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
+COMPILED = ("native", "numba") if HAS_NUMBA else ("native",)
+IMPLEMENTATIONS = (*COMPILED, "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.uint8}
 
@@ -50,20 +54,25 @@ def any_values(n: int, dtype: torch.dtype, seed: int, *, finite: bool = False) -
     return values.nan_to_num(nan=0.0) if finite else values
 
 
-def run_both(kernel: Callable[..., object], *tensors: Tensor | None) -> None:
-    """Run `kernel` on copies of `tensors` with native and with reference; every tensor must end with the same bits."""
-    results = []
-    for name in ("native", "reference"):
-        copies = [None if tensor is None else _copy_keeping_offset(tensor) for tensor in tensors]
-        with dispatch.use(name):
-            value = kernel(*copies)
-        results.append((copies, value))
-    (native, native_value), (reference, reference_value) = results
-    for index, (left, right) in enumerate(zip(native, reference, strict=True)):
-        assert_same_bits(left, right, f"argument {index}")
-    if isinstance(native_value, float):
-        values = [torch.tensor(value, dtype=torch.float64) for value in (native_value, reference_value)]
-        assert_same_bits(*values, "result")
+def run_all(kernel: Callable[..., object], *tensors: Tensor | None) -> None:
+    """Run `kernel` on copies of `tensors` with every implementation; every tensor must end with the same bits."""
+    reference, expected = _run_on_copies("reference", kernel, tensors)
+    for name in COMPILED:
+        compiled, value = _run_on_copies(name, kernel, tensors)
+        for index, (left, right) in enumerate(zip(compiled, reference, strict=True)):
+            assert_same_bits(left, right, f"{name}, argument {index}")
+        if isinstance(expected, float):
+            values = [torch.tensor(each, dtype=torch.float64) for each in (value, expected)]
+            assert_same_bits(*values, f"{name}, result")
+
+
+def _run_on_copies(
+    name: str, kernel: Callable[..., object], tensors: tuple[Tensor | None, ...]
+) -> tuple[list[Tensor | None], object]:
+    copies = [None if tensor is None else _copy_keeping_offset(tensor) for tensor in tensors]
+    with dispatch.use(name):
+        value = kernel(*copies)
+    return copies, value
 
 
 def _copy_keeping_offset(tensor: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ def test_use_forces_and_restores() -> None:
         assert "switched off" in str(dispatch.why_not_native())
         with dispatch.use("native"):
             assert dispatch.implementation() == "native"
+        with dispatch.use("numba"):
+            assert "OFFLOAD_KERNELS or use() says numba" in str(dispatch.why_not_native())
     assert dispatch.implementation() == "native"
     with pytest.raises(ValueError, match="no implementation 'fast'"), dispatch.use("fast"):
         pass
@@ -51,7 +53,8 @@ def test_the_environment_forces(word: str, outcome: str) -> None:
 
 
 WITHOUT_COMPILER = """
-import logging, torch
+import logging, sys, torch
+sys.modules["numba"] = None  # as if it were not installed
 logging.basicConfig(format="%(levelname)s %(message)s")
 from offload.kernels import dispatch
 from offload.kernels.gradient import squared_norm
@@ -83,6 +86,7 @@ def test_without_a_compiler_one_line_says_so_and_torch_computes(tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("WARNING") == 1
     assert "plain torch" in result.stderr and "install gcc or clang" in result.stderr
+    assert "pip install numba" in result.stderr
     assert "No C compiler" in result.stdout and "RuntimeError The native kernels were asked for" in result.stdout
 
 
@@ -98,7 +102,7 @@ def test_build_reports_the_compilers_words(tmp_path: Path) -> None:
 def test_a_library_of_another_version_is_not_used(tmp_path: Path) -> None:
     """A stale library beside the package would compute yesterday's formula."""
     source = tmp_path / "old.c"
-    names = [name for name in library._SIGNATURES if name != "source_hash"]
+    names = [name for name in library.SIGNATURES if name != "source_hash"]
     functions = "".join(f"void offl_{name}(void) {{}}\n" for name in names)
     source.write_text('const char *offl_source_hash(void) { return "0000"; }\n' + functions)
     command = build.find_compiler()

@@ -20,7 +20,7 @@ from offload.kernels.gradient import (
 )
 from offload.kernels.native import library
 
-from .bits import DTYPES, any_values, assert_same_bits, hard_float32, run_both
+from .bits import COMPILED, DTYPES, IMPLEMENTATIONS, any_values, assert_same_bits, hard_float32, run_all
 
 LENGTHS = st.one_of(st.integers(0, 300), st.sampled_from([4095, 4096, 4097, 16383, 16385, 40001]))
 CASES = {"n": LENGTHS, "offset": st.integers(0, 17), "seed": st.integers(0, 1000)}
@@ -28,11 +28,11 @@ CASES = {"n": LENGTHS, "offset": st.integers(0, 17), "seed": st.integers(0, 1000
 
 @settings(max_examples=60, deadline=None)
 @given(dtype=st.sampled_from(DTYPES), finite=st.booleans(), **CASES)
-def test_squared_norm_native_equals_reference(n: int, offset: int, seed: int, dtype: torch.dtype, finite: bool) -> None:
-    run_both(squared_norm, any_values(n + offset, dtype, seed, finite=finite)[offset:])
+def test_squared_norm_all_equal_reference(n: int, offset: int, seed: int, dtype: torch.dtype, finite: bool) -> None:
+    run_all(squared_norm, any_values(n + offset, dtype, seed, finite=finite)[offset:])
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squared_norm_is_the_stated_tree(name: str, dtype: torch.dtype) -> None:
     flat = torch.randn(3 * 4096 + 77, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -48,7 +48,7 @@ def test_squared_norm_is_the_stated_tree(name: str, dtype: torch.dtype) -> None:
         assert squared_norm(flat[:0]) == 0.0
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_squared_norm_is_finite_exactly_when_every_element_is(name: str, dtype: torch.dtype) -> None:
     with dispatch.use(name):
@@ -61,17 +61,17 @@ def test_squared_norm_is_finite_exactly_when_every_element_is(name: str, dtype: 
 
 @settings(max_examples=60, deadline=None)
 @given(dst=st.sampled_from(DTYPES), src=st.sampled_from(DTYPES), **CASES)
-def test_copy_and_accumulate_native_equals_reference(
+def test_copy_and_accumulate_all_equal_reference(
     n: int, offset: int, seed: int, dst: torch.dtype, src: torch.dtype
 ) -> None:
     target = any_values(n + offset, dst, seed)[offset:]
     source = any_values(n + offset, src, seed + 1)[offset:]
     for kernel in (copy_, accumulate_, copy_squared_norm_, accumulate_squared_norm_):
-        run_both(kernel, target, source)
-    run_both(lambda flat: scale_(flat, 1.0 / 3.0), target)
+        run_all(kernel, target, source)
+    run_all(lambda flat: scale_(flat, 1.0 / 3.0), target)
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dst", DTYPES)
 def test_norm_made_on_the_way_is_that_of_what_was_stored(name: str, dst: torch.dtype) -> None:
     target, source = torch.randn(9001).to(dst), torch.randn(9001)
@@ -83,8 +83,14 @@ def test_norm_made_on_the_way_is_that_of_what_was_stored(name: str, dst: torch.d
 @pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_casts_equal_torch_on_the_hard_patterns(isa: str, dtype: torch.dtype) -> None:
+    with library.limit_isa(isa):
+        for name in COMPILED:
+            check_casts(name, dtype)
+
+
+def check_casts(name: str, dtype: torch.dtype) -> None:
     source = hard_float32()
-    with dispatch.use("native"), library.limit_isa(isa):
+    with dispatch.use(name):
         narrow = torch.empty_like(source, dtype=dtype)
         copy_(narrow, source)
         assert_same_bits(narrow, source.to(dtype))
@@ -95,13 +101,15 @@ def test_casts_equal_torch_on_the_hard_patterns(isa: str, dtype: torch.dtype) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # 2^32 numbers
-def test_cast_to_half_equals_torch_on_all_patterns() -> None:
+@pytest.mark.parametrize("name", COMPILED)
+def test_cast_to_half_equals_torch_on_all_patterns(name: str) -> None:
     chunk = 1 << 18
     narrow = torch.empty(chunk, dtype=torch.float16)
-    for start in range(-(2**31), 2**31, chunk):
-        source = torch.arange(start, start + chunk, dtype=torch.int64).to(torch.int32).view(torch.float32)
-        copy_(narrow, source)
-        assert_same_bits(narrow, source.half())
+    with dispatch.use(name):
+        for start in range(-(2**31), 2**31, chunk):
+            source = torch.arange(start, start + chunk, dtype=torch.int64).to(torch.int32).view(torch.float32)
+            copy_(narrow, source)
+            assert_same_bits(narrow, source.half())
 
 
 def test_accumulation_is_rounded_once() -> None:

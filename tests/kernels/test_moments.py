@@ -16,7 +16,7 @@ from offload.kernels.optimizer import adam_
 from offload.kernels.reference import moments as formats
 from offload.kernels.rounding import Rounding
 
-from .bits import DTYPES, any_values, assert_same_bits, make_master, run_both
+from .bits import DTYPES, IMPLEMENTATIONS, any_values, assert_same_bits, make_master, run_all
 
 LENGTHS = st.one_of(st.integers(0, 600), st.sampled_from([4096, 28_671, 28_672, 30_001]))
 
@@ -34,7 +34,7 @@ def scalars(step: int = 3, lr: float = 1e-3, decoupled: bool = True) -> AdamScal
     seed=st.integers(0, 1000),
     first_index=st.sampled_from([0, 1, 2**32 - 100, 2**40 + 7]),
 )
-def test_bf16_moments_native_equals_reference(
+def test_bf16_moments_all_equal_reference(
     n: int, offset: int, is_split: bool, dtype: torch.dtype, seed: int, first_index: int
 ) -> None:
     param, low = make_master(n, offset, is_split, seed)
@@ -42,7 +42,7 @@ def test_bf16_moments_native_equals_reference(
     exp_avg_sq = any_values(n + offset, torch.bfloat16, seed + 2)[offset:].abs()
     grad = any_values(n + offset, dtype, seed + 3)[offset:]
     rounding = Rounding(seed=seed, step=3, first_index=first_index)
-    run_both(
+    run_all(
         lambda *tensors: moments.adam_bf16_(*tensors, scalars(), rounding, 0.5), param, low, exp_avg, exp_avg_sq, grad
     )
 
@@ -56,7 +56,7 @@ def test_bf16_moments_native_equals_reference(
     seed=st.integers(0, 1000),
     scale=st.sampled_from([0.0, 1e-38, 1e-8, 1.0, 1e38, math.inf, math.nan]),
 )
-def test_8bit_moments_native_equals_reference(
+def test_8bit_moments_all_equal_reference(
     n: int, offset: int, is_split: bool, dtype: torch.dtype, seed: int, scale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -65,7 +65,7 @@ def test_8bit_moments_native_equals_reference(
     squares = torch.randint(0, 256, (n + offset,), dtype=torch.uint8, generator=generator)[offset:]
     scales = [torch.rand(moments.num_scales(n), generator=generator) * factor for factor in (1e-2, scale)]
     grad = any_values(n + offset, dtype, seed + 3, finite=seed % 3 > 0)[offset:]
-    run_both(
+    run_all(
         lambda *tensors: moments.adam_8bit_(*tensors, scalars(), 0.5),
         param,
         low,
@@ -77,7 +77,7 @@ def test_8bit_moments_native_equals_reference(
     )
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_bits_do_not_depend_on_the_cut(name: str) -> None:
     n = 3000
     whole = [*make_master(n, 0, True, 1), torch.randn(n).bfloat16(), torch.rand(n).bfloat16()]

@@ -14,7 +14,7 @@ from offload.kernels.gradient import squared_norm
 from offload.kernels.master import join_
 from offload.kernels.projection import ProjectionSums, project_, projection_sums
 
-from .bits import DTYPES, any_values, make_master, run_both
+from .bits import DTYPES, IMPLEMENTATIONS, any_values, make_master, run_all
 
 
 @settings(max_examples=60, deadline=None)
@@ -25,15 +25,15 @@ from .bits import DTYPES, any_values, make_master, run_both
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_native_equals_reference(n: int, offset: int, is_split: bool, dtype: torch.dtype, seed: int) -> None:
+def test_all_equal_reference(n: int, offset: int, is_split: bool, dtype: torch.dtype, seed: int) -> None:
     param, low = make_master(n, offset, is_split, seed)
     grad = any_values(n + offset, dtype, seed + 1)[offset:]
-    run_both(lambda p, w, g: project_(p, w, g, 0.3, 1.1), param, low, grad)
+    run_all(lambda p, w, g: project_(p, w, g, 0.3, 1.1), param, low, grad)
     for part in ("weight_grad", "weight_weight", "grad_grad"):
-        run_both(lambda p, w, g, part=part: getattr(projection_sums(p, w, g), part), param, low, grad)
+        run_all(lambda p, w, g, part=part: getattr(projection_sums(p, w, g), part), param, low, grad)
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("is_split", [False, True])
 def test_gradient_becomes_perpendicular_and_keeps_its_length(name: str, is_split: bool) -> None:
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from offload.kernels import dispatch
 from offload.kernels.master import join_, split_
 
-from .bits import any_values, hard_float32, run_both
+from .bits import IMPLEMENTATIONS, any_values, hard_float32, run_all
 
 CANONICAL_NAN = 0x7FC00000
 
@@ -34,7 +34,7 @@ def check_round_trip(master: Tensor) -> None:
     assert torch.equal(param.view(torch.int16)[~nan], half_up[~nan])
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_hard_patterns_round_trip(name: str) -> None:
     with dispatch.use(name):
         check_round_trip(hard_float32())
@@ -42,7 +42,7 @@ def test_hard_patterns_round_trip(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # 2^32 numbers
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_all_patterns_round_trip(name: str) -> None:
     chunk = 1 << 18
     with dispatch.use(name):
@@ -50,7 +50,7 @@ def test_all_patterns_round_trip(name: str) -> None:
             check_round_trip(torch.arange(start, start + chunk, dtype=torch.int64).to(torch.int32).view(torch.float32))
 
 
-@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_every_pair_decodes_to_one_master(name: str) -> None:
     """join_ is one to one: splitting what it gives returns the pair it was given, wherever that is not NaN."""
     high = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -67,10 +67,10 @@ def test_every_pair_decodes_to_one_master(name: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(0, 40_000), offset=st.integers(0, 9), seed=st.integers(0, 1000))
-def test_native_equals_reference(n: int, offset: int, seed: int) -> None:
+def test_all_equal_reference(n: int, offset: int, seed: int) -> None:
     master = any_values(n + offset, torch.float32, seed)[offset:]
     param = torch.empty(n + offset, dtype=torch.bfloat16)[offset:]
     low = torch.empty(n + offset, dtype=torch.int16)[offset:]
-    run_both(split_, master, param.zero_(), low.zero_())
+    run_all(split_, master, param.zero_(), low.zero_())
     split_(master, param, low)
-    run_both(join_, param, low, torch.zeros(n))
+    run_all(join_, param, low, torch.zeros(n))

@@ -1,0 +1,1 @@
+"""The kernels of `native` for machines without a C compiler: compiled by numba, called through the same door."""
