@@ -34,8 +34,8 @@ def packages() -> dict[str, str]:
 def build_native(out_dir: Path) -> list[Path]:
     """Compile the native kernels into `out_dir`; without a working compiler say so in one line and go on.
 
-    The library is optional: without it the same arithmetic runs in plain torch, slower. The compiler's own words are
-    kept short here because the program repeats them in full whenever it falls back.
+    The library is optional: without it the same arithmetic runs through numba or in plain torch, slower. The
+    compiler's own words are kept short here because the program repeats them in full whenever it falls back.
     """
     script = ROOT / NATIVE / "build.py"
     if not script.exists():
@@ -50,7 +50,7 @@ def build_native(out_dir: Path) -> list[Path]:
         library = Path(module.build(out_dir))
     except Exception as problem:  # a compiler can fail in any way, and none of them may stop the installation
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        print(f"offload: no native kernels ({reason}); plain torch is used instead, slower")
+        print(f"offload: no native kernels ({reason}); numba or plain torch is used instead, slower")
         return []
     print(f"offload: native kernels: {library}")
     return [library]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo
+from offload import AdamW, OffloadConfig, OffloadEngine, StepInfo, deferred_init
 from offload.scheduler.chrome import read_trace
 
 from . import text, timeline
@@ -29,7 +29,10 @@ class TrainOptions:
 
     `timeline` is the file (.html or .png) into which the last step is drawn; the trace of the last few lies beside it.
 
-    Raises: ValueError if a count is below its minimum, or `lr` is not positive.
+    Checkpoints go to `save` after every `save_every` steps and after the last, of which `keep` stay; `start` is one to
+    go on from.
+
+    Raises: ValueError if a count is below its minimum, `lr` is not positive, or a setting of checkpoints has no `save`.
     """
 
     model: GPTConfig
@@ -45,6 +48,10 @@ class TrainOptions:
     sample_bytes: int = 128
     sample_limit_s: float = 30.0
     timeline: Path | None = None
+    save: Path | None = None
+    save_every: int | None = None
+    keep: int | None = None
+    start: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("seq", 1), ("eval_batches", 1), ("sample_bytes", 0)):
@@ -53,6 +60,8 @@ class TrainOptions:
                 raise ValueError(f"--{flag} is {getattr(self, name)}, expected at least {least}. Pass a larger count.")
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"--lr is {self.lr}, expected a positive number such as 1e-3.")
+        if self.save is None and (self.save_every is not None or self.keep is not None):
+            raise ValueError("--save-every and --keep say how to save, but there is no --save. Name a folder with it.")
         if self.timeline is not None:
             timeline.check(self.timeline)
 
@@ -143,7 +152,8 @@ def train(options: TrainOptions, on_step: Callable[[Progress], None], on_phase: 
     corpus.held_out_windows(0, batch=1, seq=options.seq, num_batches=1)
     torch.manual_seed(options.seed)
     on_phase(f"building {options.model.num_parameters / 1e6:.1f}M parameters")
-    model = GPT(options.model)
+    with deferred_init():
+        model = GPT(options.model)
     with OffloadEngine(model, AdamW(lr=options.lr, weight_decay=options.weight_decay), options.config) as engine:
         del model
         run = _Run(options, engine, corpus, baseline_nbytes)
@@ -183,10 +193,10 @@ class _Run:
         self.draws = Draws(options.seed)
         factor = cosine_with_warm_up(options.steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(engine.optimizer, factor)
-        self.first_step = engine.steps_done
+        engine.track(self.schedule, self.draws)
+        self.first_step = engine.steps_done if options.start is None else engine.resume(options.start).step
         if self.first_step >= options.steps:
             raise ValueError(f"--steps is {options.steps}, but {self.first_step} steps are done already. Pass more.")
-        engine.track(self.schedule, self.draws)
 
     def _batch(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         windows = windows.to(self.device)
@@ -215,9 +225,16 @@ class _Run:
             info, loss = self._step()
             seconds = time.perf_counter() - began
             history.append((info, loss))
+            self._save(index + 1)
             on_step(self._progress(info, loss, seconds))
         self._draw()
         return history
+
+    def _save(self, step: int) -> None:
+        options = self.options
+        last = step == options.steps
+        if options.save is not None and (last or (options.save_every is not None and step % options.save_every == 0)):
+            self.engine.save(options.save, keep=options.keep, background=not last)
 
     def _draw(self) -> None:
         """Draw the last step, if that was asked for."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ from .kernels.gradient import copy_
 from .kernels.master import join_, split_
 from .layout import Chunk, ChunkArrays, Member, UnitLayout
 from .scheduler.loop import LoopThread
-from .units import Unit
+from .units import ParameterInfo, Unit
+from .update import AVERAGE
+
+_WINDOW_CHUNKS = 8  # filled and read together: as many as keep a drive busy
+_EXCHANGE_NUMEL = 1 << 16  # elements that weights and average exchange at a time
 
 
 @dataclass(kw_only=True, eq=False)
@@ -23,7 +28,8 @@ class HostParameter:
     Args:
         value: [shape] fp32 master of a trainable parameter, or the frozen parameter in its own dtype.
         grad: [shape] fp32 accumulated gradient, or None if this step has none.
-        states: [shape] fp32 optimizer states by torch's names; empty for a frozen parameter.
+        states: [shape] fp32 optimizer states by torch's names, and the average as "ema" where one is kept; states of a
+            `TorchOptimizer` have its shapes and dtypes. Empty for a frozen parameter.
         step: number of updates so far.
     """
 
@@ -62,17 +68,51 @@ class ParameterAccess:
         self._settled = settled
         self._layout_of = {p: layout for layout in layouts for p in layout.by_parameter}
 
-    def fill(self, layout: UnitLayout) -> None:
-        """Take a unit's values over from its parameters' own tensors; states start at zero."""
-        sources = {}
-        for member in layout.members:
-            flat = member.info.parameter.detach().reshape(-1).cpu()
-            sources[member.info.parameter] = flat.to(member.info.dtype) if member.segment == "frozen" else flat
-        self._visit(
-            layout,
-            lambda chunk, arrays: _fill_chunk(layout, chunk, arrays, sources),
-            writes=("param", "frozen", "states"),
-        )
+    def fill(
+        self,
+        layout: UnitLayout,
+        read: Callable[[ParameterInfo], Tensor],
+        stored: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Give a unit its first values; states start at zero. Holds one large parameter, or a few small ones at a time.
+
+        Args:
+            read: asked once per parameter for its values: [shape], any float dtype (its own if it is no float).
+            stored: told how many bytes came to rest, now and then.
+        """
+        flat: dict[nn.Parameter, Tensor] = {}
+        for window in _windows(layout):
+            members = {m.info.parameter: m for chunk in window for m, _, _ in layout.members_of(chunk)}
+            flat = {p: flat[p] if p in flat else _flat(read(m.info), m.info) for p, m in members.items()}
+            self._visit(
+                layout, partial(_fill_chunk, layout, sources=flat), writes=("param", "frozen", "states"), chunks=window
+            )
+            stored(sum(layout.pieces[kind][n] for c in window for kind, n in c.pieces.items() if kind != "grad"))
+
+    @torch.inference_mode(False)
+    def parts(self, layout: UnitLayout) -> Iterator[tuple[ParameterInfo, Tensor]]:
+        """A unit's values as `read` gives them, but in flat parts of a few MiB, each parameter's in order."""
+        for window in _windows(layout):
+            first = window[0].start
+            numel = window[-1].start + window[-1].numel - first
+            frozen = window[0].segment == "frozen"
+            values = torch.empty(numel, dtype=torch.uint8 if frozen else torch.float32)
+            self._visit(
+                layout,
+                partial(_read_window, first=first, into=values),
+                reads=("param", "frozen", "states"),
+                chunks=window,
+            )
+            for member in layout.members:
+                if member.segment == window[0].segment:
+                    nbytes = member.info.dtype.itemsize if frozen else 1
+                    start, stop = (
+                        max(member.start, first),
+                        min(member.start + member.info.numel * nbytes, first + numel),
+                    )
+                    if start < stop:
+                        part = values[start - first : stop - first]
+                        yield member.info, part.view(member.info.dtype) if frozen else part
 
     @torch.inference_mode(False)
     def read_compute(self, parameter: nn.Parameter) -> Tensor:
@@ -102,15 +142,28 @@ class ParameterAccess:
         *,
         states: bool,
         grads: Collection[nn.Parameter] = (),
+        settle: bool = True,
     ) -> dict[nn.Parameter, HostParameter]:
-        """Full-precision values of `wanted` parameters of a unit, with states, and gradients of those in `grads`."""
+        """Full-precision values of `wanted` parameters of a unit, with states, and gradients of those in `grads`.
+
+        With `settle=False` the caller sees to it that no update of the unit is pending or being stored.
+        """
         result = {p: _empty(layout, layout.by_parameter[p], states, p in grads) for p in wanted}
         kinds = ("param", "frozen", "states", *(("grad",) if any(p in grads for p in wanted) else ()))
         chunks = [c for c in layout.chunks if any(m.info.parameter in result for m, _, _ in layout.members_of(c))]
         self._visit(
-            layout, lambda chunk, arrays: _read_chunk(layout, chunk, arrays, result), reads=kinds, chunks=chunks
+            layout,
+            lambda chunk, arrays: _read_chunk(layout, chunk, arrays, result),
+            reads=kinds,
+            chunks=chunks,
+            settle=settle,
         )
         return result
+
+    @torch.inference_mode(False)
+    def blank(self, layout: UnitLayout, parameter: nn.Parameter) -> HostParameter:
+        """What `read` gives for a parameter with its states, not filled in: names, shapes and dtypes."""
+        return _empty(layout, layout.by_parameter[parameter], True, False)
 
     def write(self, layout: UnitLayout, values: Mapping[nn.Parameter, HostParameter]) -> None:
         """Write what `read` gave back, edited. The unit is rewritten whole."""
@@ -121,6 +174,12 @@ class ParameterAccess:
             layout, lambda chunk, arrays: _write_chunk(layout, chunk, arrays, values), reads=kinds, writes=kinds
         )
 
+    def exchange_average(self, layout: UnitLayout) -> None:
+        """Put a unit's moving average in the place of its masters, and them in its. Twice changes no bit."""
+        kinds = ("param", "states")
+        chunks = [chunk for chunk in layout.chunks if chunk.segment != "frozen"]
+        self._visit(layout, lambda _, arrays: _exchange_average(arrays), reads=kinds, writes=kinds, chunks=chunks)
+
     def _visit(
         self,
         layout: UnitLayout,
@@ -129,34 +188,97 @@ class ParameterAccess:
         reads: Collection[str] = (),
         writes: Collection[str] = (),
         chunks: Sequence[Chunk] | None = None,
+        settle: bool = True,
     ) -> None:
         async def visit() -> None:
-            await self._settled([layout.unit])
+            if settle:
+                await self._settled([layout.unit])
             homes = self._homes[layout.unit.index]
             await self._stream.visit(layout, homes, work, reads=reads, writes=writes, label="access", chunks=chunks)
 
         self._loop.run(visit())
 
 
+def _exchange_average(arrays: ChunkArrays) -> None:
+    """Block by block: a chunk may be a unit, and another copy of it is memory that no budget counts."""
+    param, whole = arrays.param, arrays.states[AVERAGE]
+    assert param is not None
+    for first in range(0, whole.numel(), _EXCHANGE_NUMEL):
+        part = slice(first, first + _EXCHANGE_NUMEL)
+        average = whole[part]
+        before = torch.empty_like(average)
+        if arrays.low is not None:
+            join_(param[part], arrays.low[part], before)
+            split_(average, param[part], arrays.low[part])
+        else:
+            master = param[part] if arrays.master is None else arrays.master[part]
+            before.copy_(master)
+            master.copy_(average)
+            if arrays.master is not None:
+                copy_(param[part], master)
+        average.copy_(before)
+
+
 def _empty(layout: UnitLayout, member: Member, states: bool, grad: bool) -> HostParameter:
     info = member.info
     frozen = member.segment == "frozen"
-    fresh = {name: torch.empty(info.numel) for name in layout.state_names} if states and not frozen else {}
+    fresh = {}
+    if states and not frozen:
+        fresh = {name: torch.empty(info.shape) for name in layout.state_names}
+        fresh.update((s.name, torch.empty(s.shape, dtype=s.dtype)) for s in layout.slots_of(info.parameter))
     return HostParameter(
         name=info.name,
         value=torch.empty(info.numel, dtype=info.dtype if frozen else torch.float32).view(info.shape),
         grad=torch.empty(info.numel).view(info.shape) if grad and not frozen else None,
-        states={name: state.view(info.shape) for name, state in fresh.items()},
+        states=fresh,
     )
 
 
+def _slots(layout: UnitLayout, member: Member, arrays: ChunkArrays) -> dict[str, Tensor]:
+    """The member's states of any shape; they lie in its segment's only chunk."""
+    return {} if arrays.record is None or member.segment == "frozen" else layout.slot_views(member, arrays.record)
+
+
+def _windows(layout: UnitLayout) -> Iterator[list[Chunk]]:
+    """All chunks of a unit in order, a few of one segment at a time."""
+    window: list[Chunk] = []
+    for chunk in layout.chunks:
+        if window and (len(window) == _WINDOW_CHUNKS or chunk.segment != window[0].segment):
+            yield window
+            window = []
+        window.append(chunk)
+    if window:
+        yield window
+
+
+def _flat(values: Tensor, info: ParameterInfo) -> Tensor:
+    """Raises: ValueError for values that cannot be those of the parameter."""
+    same_class = values.dtype == info.dtype or (
+        values.dtype.is_floating_point
+        and info.dtype.is_floating_point
+        and values.dtype.itemsize > 1 < info.dtype.itemsize
+    )
+    if values.shape != info.shape or not same_class:
+        raise ValueError(
+            f"values for parameter {info.name!r} are {tuple(values.shape)} of {values.dtype}, expected "
+            f"{tuple(info.shape)} of {info.dtype} or a dtype that converts to it"
+        )
+    return values.detach().reshape(-1)
+
+
 def _fill_chunk(layout: UnitLayout, chunk: Chunk, arrays: ChunkArrays, sources: Mapping[nn.Parameter, Tensor]) -> None:
-    for array in (arrays.param, arrays.low, *arrays.states.values()):
+    for array in (arrays.param, arrays.record):
         if array is not None:
             array.zero_()
     for member, first, last in layout.members_of(chunk):
         source = sources[member.info.parameter]
-        _store_value(member, chunk, arrays, first, last, _part(member, source, first, last))
+        if member.segment == "frozen":  # positions are bytes of the dtype in which it rests
+            dtype = member.info.dtype
+            begin, end = (first - member.start) // dtype.itemsize, (last - member.start) // dtype.itemsize
+            part = source[begin:end].to(dtype).view(torch.uint8)
+        else:
+            part = source[first - member.start : last - member.start]
+        _store_value(member, chunk, arrays, first, last, part)
 
 
 def _part(member: Member, flat: Tensor, first: int, last: int) -> Tensor:
@@ -172,27 +294,44 @@ def _store_value(member: Member, chunk: Chunk, arrays: ChunkArrays, first: int, 
     if member.segment == "split":
         assert arrays.low is not None
         split_(values.float().contiguous(), arrays.param[part], arrays.low[part])
+    elif member.segment == "half":
+        assert arrays.master is not None
+        arrays.master[part] = values
+        copy_(arrays.param[part], arrays.master[part])
     else:
         arrays.param[part] = values
+
+
+def _read_window(chunk: Chunk, arrays: ChunkArrays, first: int, into: Tensor) -> None:
+    """Full-precision values of a chunk (bytes where frozen), at its place in a window that begins at `first`."""
+    _join(chunk.segment, arrays, slice(None), into[chunk.start - first : chunk.start - first + chunk.numel])
+
+
+def _join(segment: str, arrays: ChunkArrays, part: slice, target: Tensor) -> None:
+    assert arrays.param is not None
+    if segment == "split":
+        assert arrays.low is not None
+        join_(arrays.param[part], arrays.low[part], target)
+    else:
+        target.copy_(arrays.param[part] if arrays.master is None else arrays.master[part])
 
 
 def _read_chunk(
     layout: UnitLayout, chunk: Chunk, arrays: ChunkArrays, result: Mapping[nn.Parameter, HostParameter]
 ) -> None:
-    assert arrays.param is not None
     for member, first, last in layout.members_of(chunk):
         host = result.get(member.info.parameter)
         if host is None:
             continue
         part = slice(first - chunk.start, last - chunk.start)
         target = _part(member, host.value.view(-1), first, last)
-        if member.segment == "split":
-            assert arrays.low is not None
-            join_(arrays.param[part], arrays.low[part], target)
-        else:
-            target.copy_(arrays.param[part])
-        for name, state in host.states.items():
-            _part(member, state.view(-1), first, last).copy_(arrays.states[name][part])
+        _join(member.segment, arrays, part, target)
+        for name, array in arrays.states.items():
+            if name in host.states:
+                _part(member, host.states[name].view(-1), first, last).copy_(array[part])
+        for name, view in _slots(layout, member, arrays).items():
+            if name in host.states:
+                host.states[name].copy_(view)
         if host.grad is not None:
             assert arrays.grad is not None
             copy_(_part(member, host.grad.view(-1), first, last), arrays.grad[part])
@@ -207,8 +346,12 @@ def _write_chunk(
             continue
         part = slice(first - chunk.start, last - chunk.start)
         _store_value(member, chunk, arrays, first, last, _part(member, host.value.reshape(-1), first, last))
-        for name, state in host.states.items():
-            arrays.states[name][part] = _part(member, state.reshape(-1), first, last)
+        for name, array in arrays.states.items():
+            if name in host.states:
+                array[part] = _part(member, host.states[name].reshape(-1), first, last)
+        for name, view in _slots(layout, member, arrays).items():
+            if name in host.states:
+                view.copy_(host.states[name])
         if host.grad is not None:
             assert arrays.grad is not None
             copy_(arrays.grad[part], _part(member, host.grad.reshape(-1), first, last).contiguous())

@@ -94,14 +94,20 @@ class SavedTensors:
                 )
             return kept.tensor
         if self._staged is None:
-            raise RuntimeError(
-                f"the graph inside unit {self._site.name!r} was used outside of the engine's backward; call "
-                "engine.backward(loss) or loss.backward() on what the module returned"
-            )
+            raise RuntimeError(used_outside(self._site))
         buffer = self._staged[kept.unit].buffer
         whole = torch.empty(0, dtype=kept.dtype, device=buffer.device)
         start = buffer.storage_offset() + kept.offset
         return whole.set_(buffer.untyped_storage(), start // kept.dtype.itemsize, kept.size, kept.stride)
+
+
+def used_outside(site: CallSite) -> str:
+    """What is said to who goes backward through a tensor from inside a call."""
+    return (
+        f"the graph inside unit {site.name!r} was used outside of the engine's backward; call engine.backward(loss) or "
+        "loss.backward() on what the module returned, and let what a hook on an inner module collects be returned, or "
+        "left in an attribute of a module"
+    )
 
 
 class ActivationBudget:

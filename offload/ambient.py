@@ -6,6 +6,7 @@ Kept for the recomputation of a call, and exchanged where several forwards take 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +73,31 @@ class Autocast:
                 if enabled or torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+def collector() -> dict[str, Any] | None:
+    """Where Hugging Face's hooks put outputs of inner modules (attentions, router logits) just now, if anywhere."""
+    active = _active_collector()
+    return None if active is None else active.get()
+
+
+@contextlib.contextmanager
+def collecting(outputs: dict[str, Any] | None) -> Iterator[None]:
+    """Inside, such outputs are put into `outputs`; None: nowhere."""
+    active = _active_collector()
+    if active is None:
+        yield
+        return
+    token = active.set(outputs)
+    try:
+        yield
+    finally:
+        active.reset(token)
+
+
+def _active_collector() -> Any:
+    """transformers' context variable, if that has been imported and has one."""
+    return getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
 
 
 _cuda = torch.backends.cuda

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .config import OffloadConfig
 from .homes import DeviceRing, Home
-from .kernels.dispatch import tune_once
+from .kernels.dispatch import implementation, tune_once
 from .layout import KINDS, UnitLayout
-from .optimizers import OptimizerSpec
+from .optimizers import OptimizerSpec, WholeParameterSpec
 from .plan import PLACED_KINDS, BudgetTooSmall, Plan, Planner, device_chunks
 from .scheduler.devices import Device
 from .scheduler.lanes import Lanes
 from .scheduler.pool import Lease, Pool, page_ceil
 from .store import Extent, Store
 from .units import ParameterInfo, Partition, collect_parameters, partition
+from .update import AVERAGE
 
 SCRATCH_FOLDER = "offload-scratch"
 
@@ -67,9 +68,15 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
     Raises: ValueError (BudgetTooSmall among them) for what the user can mend; OSError from the store.
     """
     device = config.open_device()
+    implementation()  # compiles, where that is still to be done, what else the first step would wait for
     if config.device_share:
         tune_once(device.torch_device)
-    parameters = collect_parameters(module, config.dtype, config.keep_fp32)
+    parameters = collect_parameters(module, config.dtype, config.keep_fp32, config.trainable)
+    if config.device_share and isinstance(spec, WholeParameterSpec):
+        raise ValueError(
+            f"update_on={config.update_on!r}, but {spec!r} steps over whole parameters in host memory; leave "
+            'update_on="host"'
+        )
     groups = spec.make_groups(parameters)
     host_nbytes = config.host_budget_nbytes()
     device_nbytes = config.device_budget_nbytes(device)
@@ -92,7 +99,7 @@ def assemble(module: nn.Module, spec: OptimizerSpec, config: OffloadConfig) -> A
             frozenset(device_chunks(layouts, config.device_share)),
         )
         extents = list(_extents(layouts, plan, config.commit_interval))
-        store, scratch = _open_stores(config, extents, _identity(parameters, spec), lanes, undo)
+        store, scratch = _open_stores(config, extents, _identity(parameters, spec, config), lanes, undo)
         leases: list[Lease] = []
         homes, resting = _make_homes(layouts, plan, rest, store, scratch, leases)
         undo.pop_all()
@@ -132,12 +139,13 @@ def _plan(
 
     Raises: BudgetTooSmall with the smallest budget over all partitions.
     """
+    slots = spec.slots(parameters) if isinstance(spec, WholeParameterSpec) else None
     failures: list[BudgetTooSmall] = []
     largest = None
     while True:
-        parts = partition(module, parameters, None if largest is None else largest - 1)
+        parts = partition(module, parameters, None if largest is None else largest - 1, config.units)
         layouts = [
-            UnitLayout(unit, spec.active_state_names(), config.micro_batches > 1, config.chunk_numel())
+            UnitLayout(unit, state_names(spec, config), config.micro_batches > 1, config.chunk_numel(), slots)
             for unit in parts.units
         ]
         planner = Planner(
@@ -288,10 +296,18 @@ def _make_homes(
     return all_homes, resting
 
 
-def _identity(parameters: Sequence[ParameterInfo], spec: OptimizerSpec) -> dict[str, Any]:
+def state_names(spec: OptimizerSpec, config: OffloadConfig) -> tuple[str, ...]:
+    """The fp32 arrays that are kept per trainable parameter: the optimizer's, and the moving average."""
+    return (*spec.active_state_names(), *((AVERAGE,) if config.ema_decay is not None else ()))
+
+
+def _identity(parameters: Sequence[ParameterInfo], spec: OptimizerSpec, config: OffloadConfig) -> dict[str, Any]:
     """What a store belongs to: the model's parameters and the optimizer."""
     table = {
         info.name: [list(info.shape), str(info.dtype), "trainable" if info.trainable else "frozen"]
         for info in parameters
     }
-    return {"parameters": table, "optimizer": spec.describe()}
+    optimizer = spec.describe()
+    if config.ema_decay is not None:
+        optimizer["states"] = [*optimizer["states"], AVERAGE]
+    return {"parameters": table, "optimizer": optimizer}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Bindings:
         self._placeholder = {
             info.parameter: Placeholder(info.name, info.parameter, info.dtype, device) for info in parameters
         }
-        self._binds: dict[nn.Parameter, int] = {}
+        self._stateless = frozenset(info.parameter for info in parameters if not info.trainable)
+        self._binds: dict[nn.Parameter, set[object]] = {}
         self._private: dict[nn.Parameter, tuple[int, int] | None] = {}
         self._for_graph: set[nn.Parameter] = set()
         self._closed = False
@@ -43,31 +45,44 @@ class Bindings:
     def release(self, parameter: nn.Parameter) -> None:
         self._placeholder[parameter].install()
 
-    def bind(self, staged: Sequence[Staged]) -> None:
-        """Show staged values. Private copies stay: autograd may have saved them.
+    def bind(self, staged: Sequence[Staged], holder: object) -> None:
+        """Show staged values until `holder` unbinds them. Private copies stay: autograd may have saved them.
 
-        Raises: PlaceholderOverwritten if a parameter was written to while it was released.
+        Raises: PlaceholderOverwritten if a parameter was written to while it was released; RuntimeError for one that
+            needs a gradient and has no states. Nothing is bound then.
         """
         with self._lock, torch.inference_mode(False):
             for one in staged:
                 for parameter in one.views:
+                    self._refuse_unfrozen(parameter)
                     if not self._binds.get(parameter) and parameter not in self._private:
                         self._placeholder[parameter].check()
             for one in staged:
                 for parameter, view in one.views.items():
-                    count = self._binds.get(parameter, 0)
-                    self._binds[parameter] = count + 1
-                    if not count and parameter not in self._private:
+                    holders = self._binds.setdefault(parameter, set())
+                    holders.add(holder)
+                    if len(holders) == 1 and parameter not in self._private:
                         parameter.data = view
 
-    def unbind(self, staged: Sequence[Staged]) -> None:
-        """Undo one `bind`."""
+    def unbind(self, staged: Sequence[Staged], holder: object) -> None:
+        """Undo a `bind` of `holder`, also one that was broken off. Twice is safe, so whoever was interrupted here
+        does it again."""
         with self._lock:
             for one in staged:
                 for parameter in one.views:
-                    self._binds[parameter] -= 1
-                    if not self._binds[parameter] and parameter not in self._private:
+                    holders = self._binds.get(parameter, set())
+                    holders.discard(holder)
+                    if not holders and parameter not in self._private:
                         self._placeholder[parameter].install()
+
+    def _refuse_unfrozen(self, parameter: nn.Parameter) -> None:
+        if parameter.requires_grad and parameter in self._stateless:
+            name = self._info[parameter].name
+            raise RuntimeError(
+                f"parameter {name!r} was frozen when the engine was built, so it has no optimizer states, and now it "
+                f"has requires_grad=True; build the engine with OffloadConfig(trainable=[{name!r}]), which reserves "
+                "states for parameters that start frozen, or freeze it again with requires_grad_(False)"
+            )
 
     def show(self, parameter: nn.Parameter, outside_of_forward: bool) -> nn.Parameter:
         """The parameter with real values, however it was found.
@@ -76,6 +91,8 @@ class Bindings:
             outside_of_forward: nobody computes just now, so an edit by hand is possible and will be looked for.
         """
         if torch.is_grad_enabled() and parameter in self._placeholder:
+            if not outside_of_forward:
+                self._refuse_unfrozen(parameter)
             self._for_graph.add(parameter)
         if self._binds.get(parameter) or parameter in self._private or parameter not in self._placeholder:
             return parameter
@@ -105,7 +122,8 @@ class Bindings:
     def drop_private(self, keep_for_graphs: bool = False) -> None:
         """Let go of private copies: all, or those that no graph can hold because they were read without gradients.
 
-        A graph saves the parameter itself and not its data, so its copy must stay until its backward is over.
+        A graph saves the parameter itself and not its data, so its copy must stay until its backward is over. A
+        backward that comes later all the same is told by the parameter's version, as behind a step in torch.
 
         Raises: PlaceholderOverwritten if one that was read outside of a forward was edited: the edit would be lost.
         """
@@ -113,17 +131,29 @@ class Bindings:
         with self._lock:
             kept = {p: f for p, f in self._private.items() if keep_for_graphs and p in self._for_graph}
             private = {p: f for p, f in self._private.items() if p not in kept}
+            old_in_graphs = [parameter for parameter in private if parameter in self._for_graph]
             self._private = kept
             self._for_graph = set(kept)
             for parameter, fingerprint in private.items():
                 if not self._binds.get(parameter):
                     if _is_edited(parameter.data, fingerprint):
-                        edited.append(self._info[parameter].name)
+                        edited.append(parameter)
                     self._placeholder[parameter].install()
+            if old_in_graphs:
+                torch.autograd.graph.increment_version(old_in_graphs)
+        self._refuse_edits(edited)
+
+    def look_for_edits(self) -> None:
+        """Raises: PlaceholderOverwritten as `drop_private`; the copies stay, so that it is raised again."""
+        with self._lock:
+            self._refuse_edits([p for p, seen in self._private.items() if _is_edited(p.data, seen)])
+
+    def _refuse_edits(self, edited: Sequence[nn.Parameter]) -> None:
         if edited:
+            names = [self._info[parameter].name for parameter in edited]
             raise PlaceholderOverwritten(
-                f"{' and '.join(map(repr, edited))} was edited in place, but the values live in the engine, so the "
-                f"edit would be lost; edit inside `with engine.gather({edited[0]!r}, write=True) as parameters:`"
+                f"{' and '.join(map(repr, names))} was edited in place, but the values live in the engine, so the "
+                f"edit would be lost; edit inside `with engine.gather({names[0]!r}, write=True) as parameters:`"
             )
 
     def close(self) -> None:
@@ -153,7 +183,8 @@ def _is_edited(values: Tensor, fingerprint: tuple[int, int] | None) -> bool:
 class ReleasedParameters(dict[str, nn.Parameter | None]):
     """Stands in for a module's `_parameters`: looking a parameter up gives real values.
 
-    Iterating over it (as `parameters()` and `named_parameters()` do) gives the same objects without fetching.
+    Iterating over it (as `parameters()` and `named_parameters()` do) gives the same objects without fetching. Which
+    parameters there are is fixed: the engine would know nothing of another one.
     """
 
     def __init__(self, original: dict[str, nn.Parameter | None], show: Callable[[nn.Parameter], nn.Parameter]) -> None:
@@ -163,6 +194,26 @@ class ReleasedParameters(dict[str, nn.Parameter | None]):
     def __getitem__(self, name: str) -> nn.Parameter | None:
         parameter = super().__getitem__(name)
         return None if parameter is None else self._show(parameter)
+
+    def __setitem__(self, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not self.get(name):
+            self._refuse(name)
+        super().__setitem__(name, parameter)
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        if name in self:
+            self._refuse(name)
+        return super().pop(name, *default)
+
+    def _refuse(self, name: str) -> NoReturn:
+        raise RuntimeError(
+            f"parameter {name!r} of a wrapped module is replaced, added or removed (torch.func.functional_call does "
+            "so too), but its values, gradient and states live in the engine; change values inside "
+            "`with engine.gather(..., write=True)`, or change the module first and wrap it then"
+        )
 
     def __reduce__(self) -> tuple[type[dict[str, nn.Parameter | None]], tuple[dict[str, nn.Parameter | None]]]:
         return dict, (dict(self),)

@@ -5,7 +5,8 @@ detached inputs and drops the graph; its backward brings the unit back, computes
 inside. Where there is memory for what the graph saves, it is kept instead (`activations.py`). Either way a unit is on
 the device exactly from the first to the last line of one Python function: no hook decides when to let go, nothing that
 autograd saved outlives the slot, and a parameter's gradients arrive call by call. As in reentrant checkpointing, every
-tensor that needs a gradient must enter and leave as an argument, a result or a module attribute.
+tensor that needs a gradient must enter and leave as an argument, a result or a module attribute, or in something that
+these lead to (`carriers.py`).
 Source: activation recomputation, Chen et al., arXiv:1604.06174.
 """
 
@@ -17,15 +18,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .activations import ActivationBudget, SavedTensors
+from .activations import ActivationBudget, SavedTensors, used_outside
 from .ambient import Autocast, RandomState, replayed
+from .carriers import Carriers, Mark, Saved, is_carrier
 from .scheduler.devices import Device
 from .staged import Staged
 from .tree import Rebuild, flatten, tensors_of, with_tensors
 from .turns import Turn
 from .units import CallSite
+from .untraced import untraced
 
 
 class CallHost(Protocol):
@@ -76,22 +78,45 @@ class UnitForward:
         self.site = site
         self.host = host
         self.original: Callable[..., Any] = site.module.forward
-        self.trainable = any(p.requires_grad for p in site.module.parameters())
+        self.own = {id(p) for p in site.module.parameters()}
+        self.__wrapped__ = self.original  # for `inspect.signature`
+        self.parameters = tuple(site.module.parameters())
         self.measured = False
         self._mutable_buffers: set[str] | None = None
         self._anchor = torch.zeros((), requires_grad=True)
+        # Kept: a leaf's node lives no longer than somebody has it.
+        self.anchor_node = torch.autograd.graph.get_gradient_edge(self._anchor).node
 
+    @property
+    def trainable(self) -> bool:
+        """Whether a parameter needs a gradient just now."""
+        return any(parameter.requires_grad for parameter in self.parameters)
+
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"unit {self.site.name!r} was called inside a torch.func transform (vmap, grad, jacrev, ...), which "
+                "cannot look into the engine; take gradients with engine.backward(loss) or torch.autograd.grad, or "
+                "transform a module of your own with engine.state_dict() loaded into it"
+            )
         self.host.before_call(self.site)
         if not torch.is_grad_enabled():
             return self._without_graph(args, kwargs)
-        leaves, rebuild = flatten((args, kwargs), f"the call of {self.site.name!r}")
-        tensors = tensors_of(leaves)
-        if not self.trainable and not any(tensor.requires_grad for tensor in tensors):
+        where = f"the call of {self.site.name!r}"
+        leaves, rebuild = flatten((args, tuple(kwargs.values())), where, is_carrier)
+        carriers = Carriers.of_call(leaves, self.site.module)
+        carried = [tensor for tensor in carriers.tensors(where) if id(tensor) not in self.own]
+        if not self.trainable and not any(tensor.requires_grad for tensor in [*tensors_of(leaves), *carried]):
             return self._without_graph(args, kwargs)
-        call = Call(self, leaves, rebuild)
-        results = UnitCall.apply(call, self._anchor if self.trainable else None, *call.distinct(leaves))
-        return call.deliver(list(results))
+        inputs = list({id(tensor): tensor for tensor in [*tensors_of(leaves), *carried]}.values())
+        call = Call(self, leaves, tuple(kwargs), rebuild, carriers, inputs)
+        try:
+            results = UnitCall.apply(call, self._anchor, *inputs)
+        except BaseException:
+            call.leave_carriers(call.before, inputs)
+            raise
+        return call.deliver(list(results), inputs)
 
     def _without_graph(self, args: Any, kwargs: Any) -> Any:
         with self.host.hold(self.site), torch.no_grad():
@@ -122,16 +147,35 @@ class UnitForward:
 
 
 class Call:
-    """One call with a graph: what its recomputation needs."""
+    """One call with a graph: what its recomputation needs.
 
-    def __init__(self, forward: UnitForward, leaves: list[Any], rebuild: Rebuild) -> None:
+    Args:
+        leaves: those of the positional arguments and of the values of the named ones, `keywords`; carriers are leaves.
+        inputs: the tensors among the leaves and in the carriers, each once: modules ask whether two are one object.
+    """
+
+    def __init__(
+        self,
+        forward: UnitForward,
+        leaves: list[Any],
+        keywords: tuple[str, ...],
+        rebuild: Rebuild,
+        carriers: Carriers,
+        inputs: Sequence[Tensor],
+    ) -> None:
         self.forward = forward
         self.kept: Kept | None = None  # first: what follows may raise, and `__del__` runs all the same
         self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
         self.boundary_nbytes = 0
         self.turn = Turn(0, None)
-        self.leaves = with_tensors(leaves, [None] * len(leaves))  # tensors are kept by autograd, which checks versions
-        self.place = _places(leaves)
+        mark = _marking(inputs)  # tensors are kept by autograd, which checks versions
+        self.leaves = [None if n in carriers.roots else mark(leaf) for n, leaf in enumerate(leaves)]
+        self.keywords = keywords
+        self.carriers = carriers.copy(mark)
+        # The caller's own carriers, with what they held before the call and hold after it, until that is delivered.
+        self._live: Carriers | None = carriers
+        self.before, self._after = carriers.save(mark), Saved()
+        self.num_passed = len({id(tensor) for tensor in tensors_of(leaves)})
         self.foreign = torch._C._current_graph_task_id() != -1 and not forward.host.recomputing
         self.rebuild = rebuild
         self.random = RandomState.capture(forward.host.device)
@@ -140,6 +184,7 @@ class Call:
         self.stashed: list[tuple[nn.Module, str]] = []
         self.samples: list[Tensor] = []
         self.num_updates = forward.host.num_updates(forward.site)
+        self.frozen = [parameter for parameter in forward.parameters if not parameter.requires_grad]
         self._result_leaves: list[Any] = []
         self._result_rebuild: Rebuild | None = None
         self.turn = forward.host.forward_made(forward.site)
@@ -162,55 +207,82 @@ class Call:
         if kept is not None:
             self.forward.host.activations.let_go(kept.saved.nbytes)
 
-    def distinct(self, leaves: list[Any]) -> list[Tensor]:
-        """Each tensor once, however often it is passed: modules ask whether two arguments are one object."""
-        found: dict[int, Tensor] = {}
-        for leaf, place in zip(leaves, self.place, strict=True):
-            if place is not None:
-                found.setdefault(place, leaf)
-        return [found[place] for place in sorted(found)]
+    def compute(self, inputs: Sequence[Tensor], carriers: Carriers) -> tuple[list[Any], Rebuild, list[Tensor]]:
+        """Run the module with gradients on. Returns result leaves, their rebuild, and tensors that it left elsewhere.
 
-    def compute(self, inputs: Sequence[Tensor]) -> tuple[list[Any], Rebuild, list[Tensor]]:
-        """Run the module with gradients on. Returns result leaves, their rebuild, and tensors stashed as attributes."""
-        leaves = [leaf if place is None else inputs[place] for leaf, place in zip(self.leaves, self.place, strict=True)]
-        args, kwargs = self.rebuild(leaves)
+        Args:
+            carriers: what the call reaches, with `inputs` in it.
+        """
+        unmark = _unmarking(inputs)
+        leaves = [carriers.roots[n] if n in carriers.roots else unmark(leaf) for n, leaf in enumerate(self.leaves)]
+        args, named = self.rebuild(leaves)
         with torch.enable_grad(), self.autocast.applied():
-            result = self.forward.original(*args, **kwargs)
-        self._refuse_changed_containers(leaves, args, kwargs)
-        result_leaves, rebuild = flatten(result, f"the result of {self.forward.site.name!r}")
-        return result_leaves, rebuild, self._find_stashed(result_leaves)
+            result = self.forward.original(*args, **dict(zip(self.keywords, named, strict=True)))
+        self._refuse_changed_containers(leaves, args, named)
+        known = {id(carrier) for carrier in carriers.walk()}
+        where = f"the result of {self.forward.site.name!r}"
+        # Lists and dicts that the module has made are copied as results; what the caller has keeps its identity.
+        result_leaves, rebuild = flatten(
+            result, where, lambda node: id(node) in known or (is_carrier(node) and not isinstance(node, (list, dict)))
+        )
+        return result_leaves, rebuild, self._find_left(inputs, leaves, result_leaves)
 
-    def _refuse_changed_containers(self, leaves: list[Any], args: Any, kwargs: Any) -> None:
-        """The module was given copies of the caller's lists and dicts: what it put into them would be lost."""
+    def _refuse_changed_containers(self, leaves: list[Any], args: Any, named: Any) -> None:
+        """Containers that are no carriers were copied for the module: what it put into them would be lost."""
         where = f"the call of {self.forward.site.name!r}"
-        after, _ = flatten((args, kwargs), where)
+        after, _ = flatten((args, named), where, is_carrier)
         if len(after) != len(leaves) or any(new is not old for new, old in zip(after, leaves, strict=True)):
             raise RuntimeError(
-                f"{where} changed a list, dict or dataclass that was passed to it, and the change would be lost; "
-                "return what was added, or leave it in an attribute of the module"
+                f"{where} changed a container of class that was passed to it, and the change would be lost; "
+                "return what was added, or leave it in a list, a dict or an attribute of the module"
             )
 
-    def _find_stashed(self, result_leaves: list[Any]) -> list[Tensor]:
-        """Tensors with a graph that the module left in its attributes (an auxiliary loss): results like any other."""
-        own = {id(leaf) for leaf in result_leaves}
+    def _find_left(self, inputs: Sequence[Tensor], leaves: list[Any], result_leaves: list[Any]) -> list[Tensor]:
+        """Tensors with a graph that the module left in its attributes (an auxiliary loss) and in carriers (a key/value
+        cache): results like any other."""
+        module = self.forward.site.module
+        known = {id(tensor) for tensor in [*inputs, *tensors_of(result_leaves)]}
         self.stashed = [
-            (module, name)
-            for module in self.forward.site.module.modules()
-            for name, value in vars(module).items()
-            if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in own
+            (part, name)
+            for part in module.modules()
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor) and value.grad_fn is not None and id(value) not in known
         ]
-        return [vars(module)[name] for module, name in self.stashed]
+        left = {id(tensor): tensor for part, name in self.stashed for tensor in [vars(part)[name]]}
+        held = _parameter_storages(self.forward.site)
+        carriers = Carriers.of_call([*leaves, *result_leaves], module)
+        for tensor in carriers.tensors(f"the call of {self.forward.site.name!r}"):
+            is_own = id(tensor) in known or id(tensor) in self.forward.own
+            in_slot = tensor.numel() > 0 and tensor.untyped_storage().data_ptr() in held
+            if not is_own and (tensor.grad_fn is not None or in_slot):
+                left[id(tensor)] = tensor
+        results = tensors_of(result_leaves)
+        self._after = carriers.save(_marking([*inputs, *results, *left.values()]))
+        return list(left.values())
+
+    def enter_carriers(self, inputs: Sequence[Tensor]) -> Carriers:
+        """The caller's carriers, with the call's `inputs` in them."""
+        assert self._live is not None
+        self.before.restore(_unmarking(inputs))
+        return self._live
+
+    def leave_carriers(self, saved: Saved, tensors: Sequence[Tensor]) -> None:
+        """The caller's carriers with `tensors` in them. From here on nothing in the graph may refer to a carrier, which
+        refers to the graph."""
+        saved.restore(_unmarking(tensors))
+        self._live, self.before, self._after = None, Saved(), Saved()
 
     def keep_result(self, leaves: list[Any], rebuild: Rebuild) -> None:
         self._result_leaves = with_tensors(leaves, [_HERE] * len(leaves))
         self._is_result_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         self._result_rebuild = rebuild
 
-    def deliver(self, tensors: list[Tensor]) -> Any:
-        """The module's result, made of the tensors that autograd knows."""
+    def deliver(self, tensors: list[Tensor], inputs: Sequence[Tensor]) -> Any:
+        """The module's result, made of the tensors that autograd knows, and those in the caller's carriers."""
         count = sum(self._is_result_tensor)
-        for (module, name), tensor in zip(self.stashed, tensors[count:], strict=True):
+        for (module, name), tensor in zip(self.stashed, tensors[count:], strict=False):
             setattr(module, name, tensor)
+        self.leave_carriers(self._after, [*inputs, *tensors])
         if self.stashed:
             self.forward.host.results_stashed(self.stashed)
         fresh = iter(tensors[:count])
@@ -237,28 +309,33 @@ class Call:
                 "switch that off for training, e.g. use_cache=False"
             )
 
-    def backward_kept(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    def backward_kept(self, gradients: Sequence[Tensor | None], accumulate: bool) -> list[Tensor]:
         """Backward through the kept graph, which is gone afterwards. Returns the inputs with their gradients."""
         assert self.kept is not None
         saved, inputs, results = self.kept
         with self.forward.host.hold(self.forward.site, recompute=True) as staged, saved.within(staged):
             try:
-                _backward(results, gradients)
+                _backward(results, gradients, inputs, accumulate)
             finally:
                 self.drop_graph()
         return inputs
 
-    def backward_recomputed(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> list[Tensor]:
+    def backward_recomputed(
+        self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], accumulate: bool
+    ) -> list[Tensor]:
         """Compute again from `tensors`, then backward. Returns the inputs with their gradients."""
         host = self.forward.host
         with host.hold(self.forward.site, recompute=True), replayed(self.random, host.device), self.buffers_as_before():
             inputs = [_as_input(tensor) for tensor in tensors]
-            with _measured(self.forward):
-                leaves, _, stashed = self.compute(inputs)
-            results = tensors_of(leaves) + stashed
-            del leaves, stashed
+            carriers = self.carriers.copy(_unmarking(inputs))
+            frozen = frozen_as_before(self.frozen)
+            with _measured(self.forward), carriers.installed(self.forward.site.module), frozen:
+                leaves, _, left = self.compute(inputs, carriers)
+            results = tensors_of(leaves) + left
+            self._after = Saved()
+            del leaves, left, carriers
             self.compare(results)
-            _backward(results, gradients)
+            _backward(results, gradients, inputs, accumulate)
         return inputs
 
     @contextlib.contextmanager
@@ -311,9 +388,9 @@ class UnitCall(torch.autograd.Function):
         with host.hold(site) as staged:
             inputs = [_as_input(tensor) for tensor in tensors]
             saved = SavedTensors(site, staged, inputs)
-            with _explained(site), saved.collected() if keep else contextlib.nullcontext():
-                leaves, rebuild, stashed = call.compute(inputs)
-            results = tensors_of(leaves) + stashed
+            with _explained(site), saved.collected() if keep else _of_no_concern_outside(site):
+                leaves, rebuild, left = call.compute(inputs, call.enter_carriers(inputs))
+            results = tensors_of(leaves) + left
             needs = [result.requires_grad for result in results]
             if keep and any(needs):
                 call.keep_graph(saved, inputs, results)
@@ -331,17 +408,24 @@ class UnitCall(torch.autograd.Function):
         call.buffers = forward.changed_buffers(call.buffers)
         call.samples = [_sample(result) for result in results]
         call.keep_result(leaves, rebuild)
-        call.boundary_nbytes = sum(tensor.nbytes for tensor in tensors)
+        # Of what lies in carriers, each tensor is counted by the call that has left it there.
+        counted = [*tensors[: call.num_passed], *results[len(results) - len(left) :]]
+        call.boundary_nbytes = sum(tensor.nbytes for tensor in counted)
         host.boundary_held(call.boundary_nbytes)
         ctx.mark_non_differentiable(*(r for r, need in zip(results, needs, strict=True) if not need))
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         forward = call.forward
         host, site = forward.host, forward.site
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"a backward with create_graph=True reached unit {site.name!r}; the engine gives no gradients of "
+                "gradients, because what it computes in backward is gone with the unit: leave create_graph out, or "
+                "compute penalties on gradients in a model that is not wrapped"
+            )
         if call.foreign:
             raise RuntimeError(
                 f"unit {site.name!r} was called inside torch.utils.checkpoint(use_reentrant=True); the "
@@ -349,19 +433,24 @@ class UnitCall(torch.autograd.Function):
             )
         if call.num_updates != host.num_updates(site):
             raise RuntimeError(
-                f"backward through unit {site.name!r}, whose parameters a step has changed since this forward, so the "
-                "gradients would be of neither; make every backward before step(), or run forward again"
+                f"backward through unit {site.name!r}, whose values were changed since this forward by step(), "
+                "load_state_dict() or gather(write=True), so the gradients would be of neither; make every backward "
+                "before that, or run forward again"
             )
         tensors = ctx.saved_tensors
-        host.backward_begins(site, call.turn)
+        # torch.autograd.grad and backward(inputs=...) want gradients of their inputs and none of anything else.
+        accumulate: bool = torch._C._will_engine_execute_node(forward.anchor_node)
+        if accumulate:
+            host.backward_begins(site, call.turn)
         inputs: list[Tensor] = []
         if any(gradient is not None for gradient in gradients):
             if call.kept is not None:
-                inputs = call.backward_kept(gradients)
+                inputs = call.backward_kept(gradients, accumulate)
             else:
-                inputs = call.backward_recomputed(tensors, gradients)
-        first_visit, call.visited = not call.visited, True
-        host.backward_ended(site, call.turn, first_visit)
+                inputs = call.backward_recomputed(tensors, gradients, accumulate)
+        if accumulate:
+            first_visit, call.visited = not call.visited, True
+            host.backward_ended(site, call.turn, first_visit)
         return None, None, *(tensor.grad for tensor in inputs or [torch.empty(0)] * len(tensors))
 
 
@@ -373,16 +462,44 @@ class Kept(NamedTuple):
     results: list[Tensor]
 
 
-def _backward(results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+def _backward(
+    results: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor], accumulate: bool
+) -> None:
+    """Leave the gradients of `inputs` in them, and with `accumulate` those of parameters where autograd puts them."""
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
-    if pairs:
-        torch.autograd.backward([result for result, _ in pairs], [gradient for _, gradient in pairs])
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not pairs:
+        return
+    ends, given = [result for result, _ in pairs], [gradient for _, gradient in pairs]
+    if accumulate:
+        torch.autograd.backward(ends, given)
+    elif wanted:
+        for tensor, gradient in zip(wanted, torch.autograd.grad(ends, wanted, given, allow_unused=True), strict=True):
+            tensor.grad = gradient
 
 
-def _places(leaves: list[Any]) -> list[int | None]:
-    """For each leaf, which distinct tensor it is, or None where it is none."""
-    order: dict[int, int] = {}
-    return [order.setdefault(id(leaf), len(order)) if isinstance(leaf, Tensor) else None for leaf in leaves]
+@contextlib.contextmanager
+def frozen_as_before(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, none of `parameters` needs a gradient, as when forward ran: torch's graph would know nothing of them."""
+    since = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in since:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in since:
+            parameter.requires_grad_(True)
+
+
+def _marking(tensors: Sequence[Tensor]) -> Callable[[Any], Any]:
+    """Replaces each of `tensors` by its mark."""
+    place = {id(tensor): n for n, tensor in enumerate(tensors)}
+    return lambda value: Mark(place[id(value)]) if isinstance(value, Tensor) and id(value) in place else value
+
+
+def _unmarking(tensors: Sequence[Tensor]) -> Callable[[Any], Any]:
+    """Replaces marks by their tensors."""
+    return lambda value: tensors[value.index] if isinstance(value, Mark) else value
 
 
 def _as_input(tensor: Tensor) -> Tensor:
@@ -440,6 +557,28 @@ def _explained(site: CallSite) -> Iterator[None]:
                 "backward; make the module write to a new tensor, or clone the input first"
             )
         raise
+
+
+@contextlib.contextmanager
+def _of_no_concern_outside(site: CallSite) -> Iterator[None]:
+    """What a graph that is thrown away saves goes to nobody. A checkpoint of the user around several calls counts what
+    is saved in it, and must count the same when it computes again, whether a call keeps its graph or not.
+
+    Who got hold of a tensor of that graph (a hook of the user on an inner module) cannot go backward through it: the
+    parameters that it saved are others by then.
+    """
+    is_over = False
+
+    def unpack(tensor: Tensor) -> Tensor:
+        if is_over:
+            raise RuntimeError(used_outside(site))
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, unpack):
+            yield
+    finally:
+        is_over = True
 
 
 @contextlib.contextmanager

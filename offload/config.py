@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from . import layout
+from .loss_scale import DynamicLossScale
 from .scheduler.devices import AcceleratorDevice, Device, FakeDevice, OneMemoryDevice
 from .scheduler.lanes import Lanes
 from .scheduler.rig import Rig
@@ -18,6 +21,7 @@ from .scheduler.storage import Backend
 from .scheduler.trace import Trace
 from .sizes import parse_size
 from .threads import Threads, check_threads, plan_threads
+from .weights.progress import FillProgress
 
 HOME_KINDS = ("param", "states", "grad")
 HOME_TIERS = ("host", "nvme")
@@ -40,8 +44,18 @@ class OffloadConfig:
             they do not suffice, units compute again in backward. 0: always. "auto": where device and host are one
             memory, as much as host_memory, but at most a quarter of what the system says is available; on a device,
             a quarter of what device_memory leaves free.
-        dtype: compute dtype of the parameters, torch.bfloat16 or torch.float32. Buffers keep theirs.
+        dtype: compute dtype of the parameters, torch.bfloat16, torch.float16 or torch.float32. Buffers keep theirs.
+        loss_scale: what `engine.backward` and `train_step` multiply the loss with and the update divides out again, so
+            that float16 gradients do not vanish: "dynamic" or a `DynamicLossScale` (skip, grow and back off as
+            `torch.amp.GradScaler` does), a number, or None for none. Norms, clipping and reports are without it.
+        ema_decay: keep an exponential moving average of the weights with this decay (0 to 1), one more fp32 array per
+            trainable parameter, updated with every step that is not skipped; None for none.
         keep_fp32: patterns (`fnmatch` on parameter names) of parameters that stay fp32.
+        trainable: patterns (`fnmatch` on parameter names) of parameters that start frozen and may be unfrozen later:
+            states are reserved for them. Others that are frozen when the engine is built stay so.
+        units: what travels together, where the automatic choice (blocks, embeddings, heads; finer where a budget asks
+            for it) is not wanted: module classes, and patterns (`fnmatch`) on module names. Each module that fits is
+            one unit and is never cut; the rest is chosen as before. `print(engine)` shows the units.
         micro_batches: backwards per step.
         clip_grad_norm: maximum global gradient norm, or None.
         homes: forces the home tier of a kind, e.g. {"states": "nvme"}; kinds are "param", "states" (master's low
@@ -68,6 +82,8 @@ class OffloadConfig:
             and sums on the cores) and "io" (for each of reading and writing). All numbers give the same bits.
         rig: what the machine's lanes can do (a `scheduler.rig.Rig`, or the path of its TOML file), so that each step is
             reported beside its lower bound (`StepInfo.bound_s`); None reports none.
+        progress: what shows how the tiers are filled: "auto" (a line on a terminal, nothing elsewhere), None, or a
+            function that is called with a `FillProgress` now and then.
         rated_endurance: bytes that the drives may be written in their life ("600TB"), for the wear account.
 
     Raises: ValueError with the value, what was expected and the mend.
@@ -79,7 +95,11 @@ class OffloadConfig:
     host_memory: str | int = "auto"
     activation_memory: str | int = "auto"
     dtype: torch.dtype = torch.bfloat16
+    loss_scale: Literal["dynamic"] | float | DynamicLossScale | None = None
+    ema_decay: float | None = None
     keep_fp32: Sequence[str] = ()
+    trainable: Sequence[str] = ()
+    units: Sequence[str | type[nn.Module]] = ()
     micro_batches: int = 1
     clip_grad_norm: float | None = None
     homes: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +111,7 @@ class OffloadConfig:
     overwrite: bool = False
     threads: Mapping[str, int] = field(default_factory=dict)
     rig: Rig | str | os.PathLike[str] | None = None
+    progress: Literal["auto"] | Callable[[FillProgress], object] | None = "auto"
     rated_endurance: str | int | None = None
 
     def __post_init__(self) -> None:
@@ -114,23 +135,51 @@ class OffloadConfig:
                 f'update="backward" begins before the norm is known, so clip_grad_norm={self.clip_grad_norm} cannot be '
                 'kept; give update="speculative" or "next_forward"'
             )
+        self._check_numbers()
         if self.update == "speculative" and self.commit_interval != 1:
             raise ValueError(
                 'update="speculative" takes back what it guessed wrong from the committed step, so it needs nvme=... '
                 'and durability="step"; give both, or update="next_forward"'
             )
-        if isinstance(self.keep_fp32, str):
-            raise ValueError(
-                f"keep_fp32={self.keep_fp32!r} is one string; give a list of patterns, e.g. [{self.keep_fp32!r}]"
-            )
+        for name in ("keep_fp32", "trainable"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name}={value!r} is one string; give a list of patterns, e.g. [{value!r}]")
         for name in ("host_memory", "device_memory"):
             if getattr(self, name) != "auto":
                 parse_size(getattr(self, name), name)
         if self.activation_memory not in ("auto", 0):
             parse_size(self.activation_memory, "activation_memory")
         check_threads(self.threads)
+        if self.progress not in ("auto", None) and not callable(self.progress):
+            raise ValueError(f'progress={self.progress!r}; give "auto", None, or a function that takes a FillProgress')
+        self._check_units()
         self._check_homes()
         self._check_store()
+
+    def _check_numbers(self) -> None:
+        scale = self.loss_scale
+        is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool) and 0 < scale < math.inf
+        if not (scale is None or scale == "dynamic" or isinstance(scale, DynamicLossScale) or is_number):
+            raise ValueError(
+                f'loss_scale={scale!r}; give "dynamic", a DynamicLossScale, a positive number, or None for no scale'
+            )
+        if self.update == "backward" and (scale == "dynamic" or isinstance(scale, DynamicLossScale)):
+            raise ValueError(
+                'update="backward" cannot skip a step, which a dynamic loss scale has to where gradients overflow; '
+                'give update="speculative" or "next_forward", or a fixed loss_scale'
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay!r}; give a number between 0 and 1, or None for no average")
+
+    def _check_units(self) -> None:
+        fits = isinstance(self.units, Sequence) and not isinstance(self.units, str)
+        if not fits or not all(
+            isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in self.units
+        ):
+            raise ValueError(
+                f"units={self.units!r}; give a list of module classes and patterns of module names, e.g. "
+                '[TransformerBlock, "encoder.layers.*"]'
+            )
 
     def _check_homes(self) -> None:
         for kind, tier in self.homes.items():
@@ -274,8 +323,8 @@ class OffloadConfig:
 
 
 def _check_dtype(dtype: Any) -> None:
-    if dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype={dtype!r}; the compute dtype is torch.bfloat16 or torch.float32")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"dtype={dtype!r}; the compute dtype is torch.bfloat16, torch.float16 or torch.float32")
 
 
 def usable_cores() -> int:

@@ -6,15 +6,17 @@ import asyncio
 import concurrent.futures
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .homes import Home, gather_all
 from .layout import KINDS, UnitLayout
+from .loss_scale import LossScaling
 from .scheduler.devices import Device
 from .scheduler.loop import LoopThread
 from .scheduler.storage import NEEDED_AT_COMMIT
@@ -54,6 +56,7 @@ class CommitLog:
         self._every = every
         self._last_staged = self.steps_done
         self._changed: dict[int, Future[None] | None] = {}
+        self._written: set[int] = set()
         self._staged: tuple[int, dict[str, Any]] | None = None
         self._given_up = False
         self._copying: Future[None] | None = None
@@ -78,9 +81,11 @@ class CommitLog:
         """These units' values or states change, or have changed, since the last commit.
 
         Args:
-            units: unit index -> what is done when the change is complete, or None if it is.
+            units: unit index -> what is done when an update of it is complete, or None if all of the unit has been
+                written: what is frozen changes in no update.
         """
         self._changed.update(units)
+        self._written.update(unit for unit, made in units.items() if made is None)
 
     def stage(self, step: int, state: dict[str, Any], force: bool = False) -> None:
         """Step `step` is final, with `state`. Never blocks. Skipped unless it is time for a commit, or `force`."""
@@ -89,7 +94,8 @@ class CommitLog:
         self._last_staged = step
         self._staged = (step, state)
         changed, self._changed = self._changed, {}
-        self._copying = self._loop.submit(self._copy_resting(changed, self._copying))
+        written, self._written = self._written, set()
+        self._copying = self._loop.submit(self._copy_resting(changed, written, self._copying))
 
     def withdraw_staged(self) -> None:
         """Give up the step that is staged and everything after it: the step before it stays the last durable one."""
@@ -135,7 +141,9 @@ class CommitLog:
         under_way: list[Future[Any]] = [f for f in (self._copying, self._committing) if f is not None]
         concurrent.futures.wait(under_way)
 
-    async def _copy_resting(self, changed: Mapping[int, Future[None] | None], before: Future[None] | None) -> None:
+    async def _copy_resting(
+        self, changed: Mapping[int, Future[None] | None], written: Collection[int], before: Future[None] | None
+    ) -> None:
         """Write to the store what these units keep in host memory, one unit after the other, as their changes end."""
         if before is not None:
             await asyncio.wrap_future(before)
@@ -144,7 +152,7 @@ class CommitLog:
                 await asyncio.wrap_future(made)
             await gather_all(
                 self._store.write(key, index, piece, needed=NEEDED_AT_COMMIT)
-                for key, index, piece in self._resting_pieces(unit)
+                for key, index, piece in self._resting_pieces(unit, with_frozen=unit in written)
             )
 
     async def _commit(
@@ -164,11 +172,11 @@ class CommitLog:
     async def _read_resting(self, unit: int) -> None:
         await gather_all(self._store.read(key, index, piece) for key, index, piece in self._resting_pieces(unit))
 
-    def _resting_pieces(self, unit: int) -> Iterator[tuple[str, int, Tensor]]:
+    def _resting_pieces(self, unit: int, with_frozen: bool = True) -> Iterator[tuple[str, int, Tensor]]:
         """(key, number, uint8 bytes) of every piece that belongs to a step and that `unit` keeps in host memory."""
         for kind in COMMITTED_KINDS:
             home = self._homes[unit][kind]
-            if home.buffer is not None:
+            if home.buffer is not None and (with_frozen or kind != "frozen"):
                 for index in range(len(home.piece_nbytes)):
                     yield home.key, index, home.piece(index)
 
@@ -179,6 +187,7 @@ class RunState:
 
     Args:
         counts: updates so far, by trainable parameter.
+        scaling: the loss scale.
     """
 
     def __init__(
@@ -188,8 +197,10 @@ class RunState:
         device: Device,
         counts: dict[nn.Parameter, int],
         optimizer: torch.optim.Optimizer,
+        scaling: LossScaling,
     ) -> None:
         self._module = module
+        self._scaling = scaling
         self._parameters = parameters
         self._device = device
         self._counts = counts
@@ -203,9 +214,15 @@ class RunState:
         return {
             "step": step,
             "counts": {info.name: self._counts[info.parameter] for info in self._parameters if info.trainable},
-            "random": {"torch": torch.get_rng_state(), "device": self._device.rng_state(), "python": random.getstate()},
-            "buffers": {name: buffer.detach().cpu().clone() for name, buffer in self._buffers().items()},
+            "random": {
+                "torch": torch.get_rng_state(),
+                "device": self._device.rng_state(),
+                "python": random.getstate(),
+                "numpy": np.random.get_state(legacy=False),  # noqa: NPY002
+            },
+            "buffers": {name: buffer.detach().cpu().clone() for name, buffer in self.buffers().items()},
             "tracked": self._states_of(late=False),
+            "loss_scale": self._scaling.state_dict(),
         }
 
     def capture_tracked(self) -> dict[str, Any]:
@@ -224,28 +241,40 @@ class RunState:
         return {**unclaimed, **states}
 
     def _is_scheduler(self, one: Any) -> bool:
-        return getattr(one, "optimizer", None) is self._optimizer
+        """Whether it steps after the optimizer. So does a `GradScaler`: its `update` comes last."""
+        return getattr(one, "optimizer", None) is self._optimizer or isinstance(one, torch.amp.GradScaler)
 
     @property
     def has_schedulers(self) -> bool:
         return any(self._is_scheduler(one) for one in self._tracked)
 
     def restore(self, state: Mapping[str, Any]) -> int:
-        """Go back to a captured state; tracked objects follow when they are tracked. Returns the step."""
+        """Go back to a captured state; objects that are not tracked yet follow when they are. Returns the step."""
         for info in self._parameters:
             if info.trainable:
                 self._counts[info.parameter] = state["counts"][info.name]
         self._groups = state["groups"]
-        self._restore_groups()
         torch.set_rng_state(state["random"]["torch"])
         self._device.set_rng_state(state["random"]["device"])
         random.setstate(state["random"]["python"])
-        buffers = self._buffers()
+        if "numpy" in state["random"]:  # a store of an older version has none
+            np.random.set_state(state["random"]["numpy"])  # noqa: NPY002
+        buffers = self.buffers()
         with torch.no_grad():
             for name, value in state["buffers"].items():
                 buffers[name].copy_(value)
         self._saved = {**state["tracked"], **state["schedulers"]}
+        self._scaling.load_state_dict(state.get("loss_scale", {}))
+        for position, one in enumerate(self._tracked):
+            if position in self._saved:
+                one.load_state_dict(self._saved[position])
+        self._restore_groups()  # loading a scheduler may set lr
         return int(state["step"])
+
+    def tracked_without(self, state: Mapping[str, Any]) -> list[str]:
+        """Types of the objects that are tracked now and that `state` knows nothing of."""
+        known = {**state["tracked"], **state["schedulers"]}
+        return [type(one).__name__ for position, one in enumerate(self._tracked) if position not in known]
 
     def track(self, objects: Sequence[Any]) -> None:
         """Raises: TypeError for an object without `state_dict` and `load_state_dict`."""
@@ -266,7 +295,7 @@ class RunState:
         for group, saved in zip(self._optimizer.param_groups, self._groups, strict=True):
             group.update(saved)
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def buffers(self) -> dict[str, Tensor]:
         """Buffers that a state dict would hold; others (masks, rotary tables) are made anew with the module."""
         return {
             f"{prefix}.{name}" if prefix else name: buffer

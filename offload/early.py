@@ -15,11 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from torch import nn
+
 from .durable import CommitLog
 from .residency import Residency
 from .scheduler.loop import LoopThread
 from .step import Stepper
 from .units import Unit
+from .update import UnitUpdate
 
 STEPS_LOOKED_BACK_ON = 20
 MIN_STEPS_SEEN = 4
@@ -34,6 +37,7 @@ class EarlyUpdates:
         log: of the store that can go back; None where nothing can.
         revocable: begin only what can be taken back.
         only_if_usual: begin only while steps are rarely clipped or skipped.
+        assumed_factor: what will most likely fall on the gradients of this step: the inverse of a loss scale.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class EarlyUpdates:
         log: CommitLog | None,
         revocable: bool,
         only_if_usual: bool,
+        assumed_factor: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self._stepper = stepper
         self._residency = residency
@@ -54,9 +59,12 @@ class EarlyUpdates:
         self._loop = loop
         self._log = log
         self._revocable = revocable
+        self._assumed_factor = assumed_factor
         self._groups_then: list[dict[str, Any]] | None = None
+        self._factor_then: float | None = None
         self._disturbed = False
         self._made: dict[int, Future[None]] = {}
+        self._updates: dict[int, UnitUpdate] = {}
         self._only_if_usual = only_if_usual
         self._unusual: deque[bool] = deque(maxlen=STEPS_LOOKED_BACK_ON)
         self._enabled = not only_if_usual
@@ -74,8 +82,10 @@ class EarlyUpdates:
             return
         if self._groups_then is None:
             self._groups_then = self._hyperparameters()
+            self._factor_then = self._assumed_factor()
+        assert self._factor_then is not None
         try:
-            update = self._stepper.prepare_unit(unit, self._groups())
+            update = self._stepper.prepare_unit(unit, self._groups(), self._factor_then)
         except ValueError:
             return  # step() meets the same hyperparameter, and raises
         if update is None:
@@ -86,6 +96,7 @@ class EarlyUpdates:
         made = self._residency.begin_early(unit, update, after)
         if made is not None:
             self._made[unit] = made
+            self._updates[unit] = update
 
     # -- on the training thread
 
@@ -95,7 +106,8 @@ class EarlyUpdates:
         Until `keep` it can still be taken back: whoever waits in between may be interrupted.
         Returns: for each such unit, what is done when its update is stored.
         """
-        as_assumed = grad_scale == 1.0 and not skipped
+        factor = self._assumed_factor() if self._factor_then is None else self._factor_then
+        as_assumed = grad_scale == factor and not skipped
         self._unusual.append(not as_assumed)
         if not (as_assumed and not self._disturbed and self._groups_then in (None, self._hyperparameters())):
             self.take_back()
@@ -103,6 +115,23 @@ class EarlyUpdates:
             self._enabled = len(self._unusual) >= MIN_STEPS_SEEN and sum(self._unusual) <= 1
         self._residency.end_early()
         return dict(self._made)
+
+    def keep_begun(self) -> tuple[Mapping[int, Future[None]], list[nn.Parameter]]:
+        """Where there is no way back: what was begun stays, and the rest is not made; blocks.
+
+        Returns: for each such unit, what is done when its update is stored; and the parameters that were updated.
+        """
+        self._residency.end_early()
+        units = [self._units[index] for index in sorted(self._made)]
+        begun = self._loop.run(self._call_off(units))
+        made = {unit.index: self._made[unit.index] for unit in begun}
+        changed = [p for unit in begun for p in self._updates[unit.index].parameters]
+        self._residency.settle(begun)
+        self._forget()
+        return made, changed
+
+    async def _call_off(self, units: Sequence[Unit]) -> list[Unit]:
+        return self._residency.call_off(units)
 
     def keep(self) -> None:
         """What was begun is now part of a step."""
@@ -146,8 +175,10 @@ class EarlyUpdates:
 
     def _forget(self) -> None:
         self._made = {}
+        self._updates = {}
         self._disturbed = False
         self._groups_then = None
+        self._factor_then = None
 
     def _hyperparameters(self) -> list[dict[str, Any]]:
         return [copy.deepcopy({k: v for k, v in group.items() if k != "params"}) for group in self._groups()]

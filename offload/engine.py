@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .access import HostParameter
 from .assembly import assemble
+from .checkpoint import Resumed
 from .config import OffloadConfig
+from .engine_values import EngineValues
 from .hostheap import bound_heap
 from .info import MemoryReport, StepInfo
 from .optimizers import OptimizerSpec
 from .report import memory_report, unit_table
 from .step import clip_factor
 from .takeover import is_taken_over
+from .untraced import untraced
 from .vertical import LossFn
+from .weights.adoption import first_values
+from .weights.meta import initialised_values
+from .weights.pretrained import open_pretrained
+from .weights.source import ValueSource
 from .wiring import wire
+
+log = logging.getLogger("offload")
 
 _open_engines: weakref.WeakSet[OffloadEngine] = weakref.WeakSet()
 
@@ -39,7 +49,7 @@ class EngineFailed(RuntimeError):
     """An update broke off midway; only the committed step in the store is whole."""
 
 
-class OffloadEngine:
+class OffloadEngine(EngineValues):
     """Wraps `module` and trains it with bounded device and host memory.
 
     Use it like the module: `loss = engine(x, y)`, `engine.backward(loss)` (or `loss.backward()`), `engine.step()`.
@@ -48,14 +58,23 @@ class OffloadEngine:
     through its module fetches it; copying the module as a whole gives real values or is refused.
 
     Args:
-        module: any `nn.Module`, on the CPU or on the compute device. Its parameters' memory is released.
-        optimizer: an `AdamW`, `Adam` or `SGD` spec.
+        module: any `nn.Module`, on the CPU or on the compute device, or built inside `offload.deferred_init()`. Its
+            parameters' memory is released.
+        optimizer: an `AdamW`, `Adam` or `SGD` spec, or a `TorchOptimizer` around another class.
         config: budgets, tiers and dtype.
+        source: where first values come from; None: from the module, or from how it was to be initialised.
 
     Raises: ValueError for a configuration, model or optimizer that cannot work, with the mend; nothing is half-made.
     """
 
-    def __init__(self, module: nn.Module, optimizer: OptimizerSpec, config: OffloadConfig | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OptimizerSpec,
+        config: OffloadConfig | None = None,
+        *,
+        source: ValueSource | None = None,
+    ) -> None:
         self.config = config if config is not None else OffloadConfig()
         self.module = module
         if isinstance(module, OffloadEngine) or is_taken_over(module):
@@ -67,10 +86,16 @@ class OffloadEngine:
             name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
             raise ValueError(
                 f"optimizer is {name}; give a spec such as offload.AdamW(lr=...), which takes torch.optim's arguments "
-                "without the parameters (AdamW, Adam, SGD)"
+                "without the parameters (AdamW, Adam, SGD); for other classes give "
+                f"offload.TorchOptimizer(torch.optim.{name}, lr=...)"
             )
         torch.set_num_threads(torch.get_num_threads())  # explicit, so that threads started later compute with it too
-        self._parts = parts = assemble(module, optimizer, self.config)
+        with first_values(module, source) as values:
+            self._begin(optimizer, values)
+        _open_engines.add(self)
+
+    def _begin(self, optimizer: OptimizerSpec, values: ValueSource) -> None:
+        self._parts = parts = assemble(self.module, optimizer, self.config)
         self.device = parts.device
         self._closed = False
         self._mid_step = False
@@ -83,14 +108,61 @@ class OffloadEngine:
             parts.close()
             raise
         try:
-            self._takeover.begin(self._show, self._value_for_state_dict, self.drop_gradients)
+            self._takeover.begin(
+                values, self._show, self._value_for_state_dict, self.drop_gradients, self._forward_pass
+            )
             self._begin_commits()
         except BaseException:
-            self._takeover.undo()
+            self._takeover.undo(values)
             self._loop.close()
             parts.close()
             raise
-        _open_engines.add(self)
+
+    @classmethod
+    def from_meta(
+        cls,
+        module: nn.Module,
+        optimizer: OptimizerSpec,
+        config: OffloadConfig | None = None,
+        init: Callable[[nn.Module], object] | None = None,
+    ) -> OffloadEngine:
+        """Wrap a module that was built on the meta device: no more than one unit's values ever take memory beside the
+        budget.
+
+        Modules are initialised children first: a Hugging Face model by its `init_weights()`, others by their own
+        `reset_parameters()`, or all by `init(module)`. Under the same seed that gives what an eager build gives,
+        where its modules make their parameters last and initialise nothing of their children, as torch's own do.
+
+        Raises: ValueError naming a parameter or buffer that this leaves without values; otherwise as the constructor.
+        """
+        return cls(module, optimizer, config, source=initialised_values(module, init))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        optimizer: OptimizerSpec,
+        config: OffloadConfig | None = None,
+        *,
+        module: nn.Module | None = None,
+        strict: bool = True,
+    ) -> OffloadEngine:
+        """Wrap a module whose values come from safetensors files, read part by part, one unit at a time.
+
+        Masters are the files' values exactly, whatever float dtype they have. The engine's `module` is in train mode.
+
+        Args:
+            path: a folder in Hugging Face's layout, its index file, or one .safetensors file.
+            module: what to fill, best built inside `offload.deferred_init(seeded=False)`, or on the meta device. None:
+                the Hugging Face class that the folder's config.json names, which needs transformers.
+            strict: refuse missing and unexpected names. Without, what is missing is initialised by the module itself,
+                what is unexpected is left out, and a warning lists both.
+
+        Raises: ValueError for files that do not fit, listing names; ImportError without transformers; OSError;
+            otherwise as the constructor.
+        """
+        module, source = open_pretrained(Path(path), module, strict)
+        return cls(module, optimizer, config, source=source)
 
     def _wire(self, optimizer: OptimizerSpec) -> None:
         wired = wire(
@@ -109,14 +181,17 @@ class OffloadEngine:
         self._residency = wired.residency
         self._gradients = wired.gradients
         self._stepper = wired.stepper
+        self._scaling = wired.scaling
         self._access = wired.access
         self._bindings = wired.bindings
         self._runtime = wired.runtime
         self._vertical = wired.vertical
         self._values = wired.values
+        self._average = wired.average
         self.optimizer = wired.optimizer
         self._state = wired.state
         self._log = wired.log
+        self._checkpoints = wired.checkpoints
         self._early = wired.early
         self._record = wired.record
         self._takeover = wired.takeover
@@ -133,8 +208,17 @@ class OffloadEngine:
 
     # -- training
 
+    @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What `module(*args, **kwargs)` returns, computed with parameters streamed in and out."""
+        """What `module(*args, **kwargs)` returns, computed with parameters streamed in and out.
+
+        Calling the module itself, or a part of it (`module.generate(...)`), does the same.
+        """
+        with self._forward_pass(args):
+            return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _forward_pass(self, args: tuple[Any, ...]) -> Iterator[None]:
         self._enter()
         self._take_back_early()
         with_graph = torch.is_grad_enabled()
@@ -143,15 +227,15 @@ class OffloadEngine:
         if with_graph:
             self._record.forward_begins(args)
         with self._runtime.forward_pass():
-            result = self.module(*args, **kwargs)
+            yield
         if not with_graph and not self._runtime.accumulating:
             self._record.forget_evaluation()
-        return result
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """`loss.backward(**kwargs)`; the loss is also noted for `StepInfo`. Nothing is scaled."""
+        """`loss.backward(**kwargs)`, scaled by `loss_scale` if there is one; the loss is noted for `StepInfo`."""
         self._enter()
-        loss.backward(**kwargs)
+        self._average.check_hidden("backward()")
+        self._scaling.scaled(loss).backward(**kwargs)
         self._record.note_loss(loss)
 
     def train_step(
@@ -180,6 +264,7 @@ class OffloadEngine:
             nothing is accumulated; otherwise as `step`.
         """
         self._enter()
+        self._average.check_hidden("train_step()")
         num, self._record.took_turns = self._vertical.run(batches, loss_fn, reduction)
         try:
             return self.step(partial=num < self.config.micro_batches)
@@ -195,13 +280,18 @@ class OffloadEngine:
         self._enter()
         if norm_type != 2.0:
             raise ValueError(f"norm_type={norm_type!r}; the engine clips by the 2-norm: give norm_type=2.0")
-        norm = self._stepper.norm() * self._grad_scale
+        norm = self._stepper.norm() * self._scaling.inverse * self._grad_scale
         if error_if_nonfinite and not math.isfinite(norm):
             raise RuntimeError(
                 f"the global gradient norm is {norm}; drop the gradients with engine.optimizer.zero_grad()"
             )
         if not math.isnan(norm):
             self._grad_scale *= clip_factor(norm, max_norm)
+        if self._grad_scale != 1.0:
+            self._runtime.refuse_backward = (
+                "a backward after engine.clip_grad_norm_(...), whose factor would fall on its gradients too; clip "
+                "after the last backward of the step"
+            )
         return torch.tensor(norm)
 
     def step(self, partial: bool = False) -> StepInfo:
@@ -219,12 +309,18 @@ class OffloadEngine:
             update of the step before.
         """
         self._enter()
+        self._average.check_hidden("step()")
         self._runtime.check_accumulation(partial)
+        self._scaling.check(self._gradients.num_backwards)
         self._bindings.drop_private()
         loss, tokens = self._record.loss(), self._record.tokens
         wait_from_s = time.perf_counter()
         decision = self._stepper.decide(
-            self._grad_scale, self.config.clip_grad_norm, loss, may_skip=self.config.update != "backward"
+            self._grad_scale,
+            self.config.clip_grad_norm,
+            loss,
+            may_skip=self.config.update != "backward",
+            unscale=self._scaling.inverse,
         )
         begun = self._early.decided(decision.grad_scale, decision.skipped) if self._early is not None else {}
         units = [layout.unit for layout in self._parts.layouts]
@@ -233,6 +329,7 @@ class OffloadEngine:
         until_s = math.inf if in_step else time.perf_counter()  # what the update moves later is the next step's
         if not decision.skipped:
             self._launch_update(decision.grad_scale, begun)
+        self._scaling.end_step(decision.grad_norm)
         # Before anything that may be interrupted: these gradients have been used and must not be used again.
         self.drop_gradients()
         self._step += 1
@@ -252,23 +349,35 @@ class OffloadEngine:
         prepared = self._stepper.prepare(self.optimizer.param_groups, grad_scale, begun)
         self._mid_step = True
         made = self._residency.expect(prepared.updates, self._log.under_way if self._log is not None else None)
+        changed = [index for index, update in prepared.updates.items() if update.changes_parameters]
         self._stepper.book(prepared)
         if self._early is not None:
             self._early.keep()
-        self._runtime.updates_launched([*begun, *made])
+        self._runtime.updates_launched([*begun, *changed])
         self._takeover.values_changed()
         if self._log is not None:
             self._log.changed({**begun, **made})
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The scale of the next loss, or None without one."""
+        return self._scaling.scale
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated since the last step (`optimizer.zero_grad()`); also mends a failed backward."""
         if self._closed:
             return
-        self._take_back_early()
+        self._runtime.end_passes()
+        self._runtime.look_for_failed_backward()
+        if self._runtime.broken and self._early is not None and not self._early.can_take_back:
+            self._keep_early()
+        else:
+            self._take_back_early()
         self._gradients.drop()
         for info in self._parts.parameters:
             info.parameter.grad = None
         self._grad_scale = 1.0
+        self._scaling.forget()
         self._record.forget_accumulation()
         self._runtime.forget()
 
@@ -299,6 +408,7 @@ class OffloadEngine:
     def flush(self) -> None:
         """Commit the last step now, whatever the interval, and block until it is durable. Nothing without a store."""
         self._check_open()
+        self._average.check_hidden("flush()")
         self._flush()
 
     def _flush(self) -> None:
@@ -317,47 +427,64 @@ class OffloadEngine:
         self._log.launch(self._state.capture_tracked)
         self._log.wait()
 
-    # -- values
+    # -- checkpoints
 
-    def gather(
-        self, *patterns: str, write: bool = False
-    ) -> contextlib.AbstractContextManager[dict[str, HostParameter]]:
-        """Bring real values of parameters to host memory, as fp32 masters, with states and gradients.
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        data: Any = None,
+        keep: int | None = None,
+        background: bool = False,
+        frozen: bool = True,
+    ) -> Path:
+        """Write the last finished step, whole, to `directory/step-NNNNNN`; returns that path.
+
+        Tracked objects and hyperparameters as they are now: call it after the schedulers have stepped. The folder
+        appears whole or not at all, can be copied and moved, and replaces one of the same step.
 
         Args:
-            patterns: `fnmatch` patterns on parameter names, e.g. "blocks.0.*".
-            write: whether values, states and gradients edited inside are written back at the end.
+            data: where the loop is in its data, or anything else of numbers, strings, lists, dicts and tensors.
+            keep: how many checkpoints stay in `directory`; the oldest go once the new one is on the drive.
+            background: return at once. Units are copied behind training; an update waits until its unit is. A save
+                that fails is raised by the next forward, step, save or `close`, which also waits for it.
+            frozen: False leaves out frozen parameters, whose checksums are compared with the model's at `resume`.
 
-        Raises: KeyError if a pattern matches nothing. An exception inside leaves everything as it was.
+        Raises: RuntimeError in the middle of a step; CheckpointError, OSError; CheckpointFailed for the save before.
         """
-        self._check_open()
-        self._take_back_early()
-        return self._values.gather(patterns, write)
+        self._check_between_steps("save")
+        return self._checkpoints.save(
+            Path(directory), self._step, data=data, keep=keep, background=background, frozen=frozen
+        )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict in full precision (fp32 masters) in host memory, read unit by unit."""
-        self._check_open()
-        self._take_back_early()
-        self._takeover.values_changed()
-        try:
-            return self._values.state_dict()
-        finally:
-            self._takeover.values_changed()
+    def resume(self, directory: str | os.PathLike[str]) -> Resumed:
+        """Go on from a checkpoint, or from the one that was saved last into a run's folder; returns what it was.
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Set parameters and buffers from `state_dict`, unit by unit; optimizer states stay.
+        Every byte is compared with its checksum, and the checkpoint with this model and optimizer, before anything
+        changes. Hyperparameters become the saved ones. Objects that are tracked get their states now, others when they
+        are tracked. A durable store commits the resumed step.
 
-        Raises: KeyError for missing and unexpected names (if `strict`), ValueError for shapes that differ; nothing is
-        written then.
+        Raises: CheckpointMissing, CheckpointDamaged, CheckpointMismatch, naming what is wrong, with nothing changed;
+            OSError from the store, after which the engine is of no more use.
         """
-        self._check_open()
-        self._values.load_state_dict(state_dict, strict)
+        self._check_between_steps("resume", drop=True)
+        loading = self._checkpoints.open(Path(directory), self._step if self._log is not None else 0)
+        self.drop_gradients()
+        resumed = self._checkpoints.load(loading, self._before_write, self._after_write)
+        self._step = resumed.step
+        if self._log is not None:
+            self._commit_now()
+        return resumed
 
-    def read_states(self) -> dict[nn.Parameter, HostParameter]:
-        """States of all trainable parameters in host memory."""
+    def _check_between_steps(self, what: str, drop: bool = False) -> None:
         self._check_open()
-        self._take_back_early()
-        return self._values.states()
+        self._average.check_hidden(f"{what}()")
+        self._runtime.look_for_failed_backward()
+        if self._runtime.computing or (self._runtime.accumulating and not drop):
+            raise RuntimeError(
+                f"{what}() in the middle of a step: gradients belong to no checkpoint. Call it after step(), or drop "
+                "them first with engine.optimizer.zero_grad()"
+            )
 
     @property
     def memory(self) -> MemoryReport:
@@ -390,6 +517,8 @@ class OffloadEngine:
         try:
             # An update without its number is no step, and one that broke off is none either.
             whole = not self._runtime.computing and not self._mid_step and self._updates.failure is None
+            if self._updates.failure is None:
+                self._average.hide()
             if whole and (self._early is None or self._early.can_take_back):
                 self._flush()
         finally:
@@ -400,10 +529,12 @@ class OffloadEngine:
             self._runtime.detach()
             if self._log is not None:
                 self._log.settle()
+            self._checkpoints.settle()
             try:
                 self._loop.close()
             finally:
                 self._parts.close()
+        self._checkpoints.raise_failure()
 
     def __enter__(self) -> OffloadEngine:
         return self
@@ -431,6 +562,8 @@ class OffloadEngine:
     def _enter(self) -> None:
         """Every way in: the staged step is completed by what the user's loop did since, and committed."""
         self._check_open()
+        self._checkpoints.raise_failure()
+        self._runtime.end_calls()
         self._runtime.look_for_failed_backward()
         if self._log is not None:
             self._log.launch(self._state.capture_tracked)
@@ -442,32 +575,22 @@ class OffloadEngine:
                 self._gradients.wait()
             self._early.take_back()
 
-    def _before_write(self, unit: int) -> None:
-        self._bindings.drop_private()
-        self._take_back_early()
-        self._residency.settle()
-        if self._log is not None:
-            self._log.launch(self._state.capture_tracked)
-            self._log.wait()
-        self._loop.run(self._residency.withdraw([self._parts.layouts[unit].unit]))
-
-    def _after_write(self, unit: int) -> None:
-        self._loop.call_soon(self._residency.admit, [self._parts.layouts[unit].unit])
+    def _keep_early(self) -> None:
+        """A backward with update="backward" has raised: what it has updated stays so, as with a torch optimizer that
+        steps in hooks."""
+        assert self._early is not None
+        with contextlib.suppress(Exception):  # gradients that are dropped may have failed to land
+            self._gradients.wait()
+        made, parameters = self._early.keep_begun()
+        for parameter in parameters:
+            self._stepper.counts[parameter] += 1
+        self._runtime.updates_launched(list(made))
         self._takeover.values_changed()
         if self._log is not None:
-            self._log.changed({unit: None})
-
-    def _read_private(self, parameter: nn.Parameter) -> Tensor:
-        self._take_back_early()
-        return self._access.read_compute(parameter)
-
-    def _show(self, parameter: nn.Parameter) -> nn.Parameter:
-        return self._runtime.leaf(self._bindings.show(parameter, outside_of_forward=not self._runtime.computing))
-
-    def _value_for_state_dict(self, parameter: nn.Parameter) -> Tensor:
-        self._check_open()
-        self._take_back_early()
-        return self._values.for_state_dict(parameter)
+            self._log.changed(made)
+        if made:
+            names = ", ".join(repr(self._parts.layouts[index].unit.name) for index in sorted(made))
+            log.warning('a backward with update="backward" has raised; units %s keep their update of it', names)
 
 
 def _close_all() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -10,25 +11,33 @@ from torch import nn
 
 from .access import HostParameter
 from .optimizers import OptimizerSpec
+from .torch_states import TorchState, read_groups
+from .update import AVERAGE
 
 
 class OptimizerHost(Protocol):
     """What the optimizer asks of the engine."""
 
-    def step(self) -> Any: ...
+    def step(self, partial: bool = False) -> Any: ...
     def drop_gradients(self) -> None: ...
     def read_states(self) -> dict[nn.Parameter, HostParameter]: ...
+    def write_states(self, states: Mapping[nn.Parameter, TorchState]) -> None: ...
+    def names(self) -> dict[nn.Parameter, str]: ...
 
 
 class EngineOptimizer(torch.optim.Optimizer):
     """Holds the hyperparameters; states and gradients live in the engine.
 
     `step()` is `engine.step()`, `zero_grad()` drops an unfinished accumulation, `state_dict()` has torch's form.
+
+    Attributes:
+        accept_partial: whether `step()` takes fewer backwards than `micro_batches`, as a loop's last one may have.
     """
 
     def __init__(self, host: OptimizerHost, spec: OptimizerSpec, groups: list[dict[str, Any]]) -> None:
         self._host = host
         self._spec = spec
+        self.accept_partial = False
         super().__init__(groups or [{**spec.defaults, "params": []}], dict(spec.defaults))
         self._sealed = True
 
@@ -38,7 +47,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._host.step()
+        self._host.step(partial=self.accept_partial)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -68,13 +77,18 @@ class EngineOptimizer(torch.optim.Optimizer):
                 if host.step:
                     step = torch.tensor(float(host.step))
                     known = {} if "momentum" in group else {"step": step}
-                    packed["state"][index] = {**known, **host.states}
+                    packed["state"][index] = {**known, **{k: v for k, v in host.states.items() if k != AVERAGE}}
                 index += 1
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises: RuntimeError: states of another optimizer are loaded through `engine.gather(..., write=True)`."""
-        raise RuntimeError(
-            "engine.optimizer.load_state_dict is refused, because states live in the engine; write them inside "
-            "`with engine.gather('*', write=True) as parameters:` (parameters[name].states, .step)"
-        )
+        """Take states, step counts and hyperparameters over from a state dict of this class or of torch's own one.
+
+        Raises: ValueError naming what does not fit (groups, shapes, kinds of states); nothing is changed then.
+        """
+        settings, states = read_groups(state_dict, self.param_groups, type(self._spec).__name__, self._host.names())
+        for group in settings:
+            self._spec.check({**self._spec.defaults, **group})
+        self._host.write_states(states)
+        for group, found in zip(self.param_groups, settings, strict=True):
+            group.update(copy.deepcopy(found))

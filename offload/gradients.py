@@ -53,7 +53,8 @@ class Gradients:
         settled: returns when no update of the given units is pending or being stored.
 
     Attributes: on_landing and on_complete, called on the loop with a unit's index when a gradient for it is on its way,
-    and when the unit's gradient of the whole step has come home; last_in_flight, whether gradients of the step's last
+    and when the unit's gradient of the whole step has come home; on_sum, called with a unit and the sums of one
+    backward before they leave the device, returns what to send; last_in_flight, whether gradients of the step's last
     backward have been sent that nobody has waited for, each of which may still complete a unit.
     """
 
@@ -78,6 +79,7 @@ class Gradients:
         self._settled = settled
         self._member = {member.info.parameter: member for layout in layouts for member in layout.members}
         self._unit_of = {p: layout.unit.index for layout in layouts for p in layout.by_parameter}
+        self._trainable = [p for p, member in self._member.items() if member.info.trainable]
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
         self._small_slots = threading.BoundedSemaphore(MAX_SMALL_IN_FLIGHT)
@@ -92,6 +94,7 @@ class Gradients:
         self.num_backwards = 0
         self.on_landing: Callable[[int], None] = lambda unit: None
         self.on_complete: Callable[[int], None] = lambda unit: None
+        self.on_sum: Callable[[Unit, dict[nn.Parameter, Tensor]], dict[nn.Parameter, Tensor]] = lambda unit, sums: sums
 
     # -- the training (or autograd) thread's side
 
@@ -136,7 +139,7 @@ class Gradients:
             ready = {p: g for p, g in self._harvest.items() if self._unit_of[p] == unit}
             for parameter in ready:
                 del self._harvest[parameter]
-        self._send(unit, ready, complete=True)
+        self._send(unit, self.on_sum(self._layouts[unit].unit, ready), complete=True)
 
     def flush_turn(self, unit: int) -> None:
         """`flush`, where micro-batches take turns: the unit's gradient is sent when it is that of all of them."""
@@ -148,6 +151,14 @@ class Gradients:
     def unit_of(self, parameter: nn.Parameter) -> int:
         """Index of the unit to which `parameter` belongs."""
         return self._unit_of[parameter]
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """Those that may have gradients."""
+        return self._trainable
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        return self._member[parameter].info.name
 
     def end_backward(self) -> None:
         """Every contribution of this backward has been taken: send the rest, count it."""
@@ -165,7 +176,7 @@ class Gradients:
         for parameter, gradient in rest.items():
             by_unit.setdefault(self._unit_of[parameter], {})[parameter] = gradient
         for unit, gradients in by_unit.items():
-            self._send(unit, gradients)
+            self._send(unit, self.on_sum(self._layouts[unit].unit, gradients))
         self.num_backwards += 1
 
     def _send(self, unit: int, gradients: dict[nn.Parameter, Tensor], complete: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,31 @@ from .units import ParameterInfo
 class GradientInEngine(Tensor):
     """What `parameter.grad` shows between backward and step: there is a gradient, and it lives in the engine.
 
-    Every operation on it raises, also those inside `torch.nn.utils.clip_grad_norm_`.
+    Every operation on it raises, also those inside `torch.nn.utils.clip_grad_norm_`. A `torch.amp.GradScaler` may
+    unscale it: all of an optimizer's gradients come to that in one call, as fp32, in which updates take them.
+
+    Args:
+        unscale: takes the scaler's flag "an infinity was found" and the inverse of its scale.
     """
 
+    unscale: Callable[[Tensor, Tensor], None]
+
     @staticmethod
-    def __new__(cls, placeholder: Tensor) -> GradientInEngine:
-        return torch.Tensor._make_subclass(cls, placeholder.detach())
+    def __new__(cls, placeholder: Tensor, unscale: Callable[[Tensor, Tensor], None]) -> GradientInEngine:
+        gradient = torch.Tensor._make_subclass(cls, placeholder.detach())
+        gradient.unscale = unscale
+        return gradient
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is torch._amp_foreach_non_finite_check_and_unscale_:
+            gradients, found_inf, inverse = args
+            gradients[0].unscale(found_inf, inverse)
+            return None
+        if func == torch.Tensor.dtype.__get__:  # type: ignore[attr-defined]
+            return torch.float32
         if getattr(func, "__name__", "") in _HARMLESS:
             return super().__torch_function__(func, types, args, kwargs or {})
         raise RuntimeError(
@@ -58,6 +72,7 @@ class Guards:
     ) -> None:
         self._value = value
         self._known = {info.parameter for info in parameters}
+        self._trainable = {info.parameter for info in parameters if info.trainable}
         self._alive: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._undo: list[Callable[[], None]] = []
         for part in module.modules():
@@ -73,14 +88,35 @@ class Guards:
         self._set(part, "_apply", _refusal(f"moving or casting {name}", _MOVE_MEND))
         self._set(part, "__deepcopy__", _refusal(f"deep-copying {name}", _COPY_MEND))
         self._set(part, "__reduce_ex__", _refusal(f"pickling {name}", _COPY_MEND))
-        self._set(part, "zero_grad", lambda set_to_none=True: drop_gradients())
+        self._set(part, "zero_grad", self._zero_grad(part, drop_gradients))
         original = part._parameters
         object.__setattr__(part, "_parameters", ReleasedParameters(original, show))
         self._undo.append(lambda: object.__setattr__(part, "_parameters", dict(dict.items(part._parameters))))
+        object.__setattr__(part, "_modules", FixedModules(part._modules, name))
+        self._undo.append(lambda: object.__setattr__(part, "_modules", dict(part._modules)))
+        for method, mend in _LATE_CHANGES.items():
+            if hasattr(type(part), method):
+                self._set(part, method, _refusal(f"{method}() on the wrapped {name}", mend))
+        part.__dict__["_ddp_params_and_buffers_to_ignore"] = _RefusesDistributed()
+        self._undo.append(lambda: part.__dict__.pop("_ddp_params_and_buffers_to_ignore", None))
         hook = part._register_state_dict_hook(self._fill_state_dict)
         self._undo.append(hook.remove)
         hook = part.register_load_state_dict_pre_hook(_refuse_load)
         self._undo.append(hook.remove)
+
+    def _zero_grad(self, part: nn.Module, drop_gradients: Callable[[], None]) -> Callable[..., None]:
+        trainable = set(part.parameters()) & self._trainable
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            if trainable and trainable != self._trainable:
+                raise RuntimeError(
+                    f"zero_grad() on {type(part).__name__}, a part of the wrapped module, is refused, because the "
+                    "engine drops all gradients of a step or none; call engine.optimizer.zero_grad()"
+                )
+            if trainable:
+                drop_gradients()
+
+        return zero_grad
 
     def _set(self, target: Any, name: str, value: Any) -> None:
         """Shadow a method of one object."""
@@ -108,7 +144,51 @@ class Guards:
         self._undo.clear()
 
 
+class FixedModules(dict[str, nn.Module | None]):
+    """Stands in for a module's `_modules`: modules may come, go and move, but none with parameters of its own comes."""
+
+    def __init__(self, original: Mapping[str, nn.Module | None], owner: str) -> None:
+        super().__init__(original)
+        self._owner = owner
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        for part in module.modules() if module is not None else ():
+            if not isinstance(part._parameters, ReleasedParameters) and any(
+                parameter is not None for parameter in part._parameters.values()
+            ):
+                raise RuntimeError(
+                    f"{type(part).__name__}, put into the wrapped {self._owner} as {name!r}, has parameters that the "
+                    "engine has no home, gradient and states for; change the module first and wrap it then, with "
+                    "engine.state_dict() loaded into it if it was trained before"
+                )
+        super().__setitem__(name, module)
+
+    def __reduce__(self) -> tuple[type[dict[str, nn.Module | None]], tuple[dict[str, nn.Module | None]]]:
+        return dict, (dict(self),)
+
+
+class _RefusesDistributed:
+    """What DistributedDataParallel asks a module for first."""
+
+    def __iter__(self) -> NoReturn:
+        raise RuntimeError(
+            "DistributedDataParallel around a wrapped module is refused, because parameters and gradients live in this "
+            "process's engine; an engine trains on one device: give each process a model and an engine of its own"
+        )
+
+
 _COPY_MEND = "its values live in the engine: use engine.state_dict() and load it into a module of your own"
+_CHANGE_MEND = "its parameters are in the engine's plan: change the model first and wrap it then"
+_LATE_CHANGES = {
+    "resize_token_embeddings": _CHANGE_MEND,
+    "resize_position_embeddings": _CHANGE_MEND,
+    "merge_and_unload": _COPY_MEND,
+    "merge_adapter": _COPY_MEND,
+    "unmerge_adapter": _COPY_MEND,
+    "_replicate_for_data_parallel": "DataParallel would copy its parameters, which live in the engine: an engine "
+    "trains on one device, so call it without DataParallel",
+}
+"""Methods (of Hugging Face, peft and torch) that would exchange, edit or copy parameters behind the engine's back."""
 _MOVE_MEND = (
     "its values live in the engine: choose device and dtype in OffloadConfig, or take engine.state_dict() and load "
     "it into a "

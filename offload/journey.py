@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +31,8 @@ class Journeys:
         stream: the ring through which states stream.
         updates: is told of an update that broke off.
 
-    Attributes: on_stored, called on the loop whenever a unit has been stored.
+    Attributes: on_stored, called on the loop whenever a unit has been stored; before_update, awaited with a unit's
+    index before its update changes a byte.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Journeys:
         self._updates = updates
         self._storing: dict[int, asyncio.Task[None]] = {}
         self.on_stored: Callable[[], None] = lambda: None
+        self.before_update: Callable[[int], Awaitable[None]] = _at_once
 
     def rests_in_place(self, unit: int) -> bool:
         """Whether the unit computes from where it rests, so that it needs no slot."""
@@ -118,9 +120,11 @@ class Journeys:
             await self._store_behind(unit, pending, work)
 
     async def _may_begin(self, unit: Unit, pending: Pending) -> None:
-        """Invariant: nothing changes what the update before is still storing, or what is not yet durable."""
+        """Invariant: nothing changes what the update before is still storing, or what is not yet durable, or not yet
+        copied into a checkpoint of the step before."""
         await self.stored(unit.index)
         await pending.begin()
+        await self.before_update(unit.index)
 
     def is_storing(self, unit: int) -> bool:
         """Whether an update of the unit is still being stored."""
@@ -220,3 +224,7 @@ class Journeys:
         """Return when `fence` has passed; it is waited for in a lane's thread."""
         if fence is not None and not fence.has_passed():
             await self._lanes.cpu.run(fence.synchronize, unit=holder, kind="wait", nbytes=0)
+
+
+async def _at_once(unit: int) -> None:
+    """Nobody copies anything."""

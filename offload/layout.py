@@ -1,13 +1,17 @@
 """Where each byte of a unit lies: the same in every home, so that a placement cannot change a bit.
 
-A unit's trainable elements form two segments. *split*: bf16 parameters, whose fp32 master is the pair (param, low).
-*whole*: fp32 parameters, which are their own master. Frozen parameters lie apart, because steps never rewrite them.
-Four ranges per unit:
+A unit's trainable elements form segments. *split*: bf16 parameters, whose fp32 master is the pair (param, low). *half*:
+16-bit parameters beside an fp32 master of their own, because fp16 is no half of an fp32 number. *whole*: fp32
+parameters, which are their own master. Frozen parameters lie apart, because steps never rewrite them. Four ranges per
+unit:
 
-    param   [ split, bf16 | whole, fp32 ]
+    param   [ split, bf16 | half, fp16 or bf16 | whole, fp32 ]
     frozen  [ frozen parameters in their own dtypes ]
-    states  one record per chunk: [ low int16 (split only) | one fp32 array per state kind of the optimizer ]
-    grad    [ split | whole ], bf16 or fp32
+    states  one record per chunk: [ low int16 (split) or master fp32 (half) | one fp32 array per state kind | slots ]
+    grad    [ split | half | whole ], 16 bits or fp32
+
+*Slots* are states of any shape and dtype, parameter by parameter. With them a segment is one chunk, because whoever
+steps over whole parameters needs them whole.
 
 Invariant: every parameter starts on a multiple of 64 bytes in each range, because vectorised loops round differently on
 unaligned data. Invariant: chunks and records start and end on pages, because direct I/O asks for it.
@@ -16,8 +20,8 @@ unaligned data. Invariant: chunks and records start and end on pages, because di
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +35,22 @@ _ALIGN_NUMEL = 32  # 64 bytes of bf16
 _PAGE_NUMEL = 2048  # a page of bf16
 _FROZEN_PIECE_NBYTES = 4 << 20
 
-Segment = Literal["split", "whole", "frozen"]
+Segment = Literal["split", "half", "whole", "frozen"]
+TRAINABLE_SEGMENTS: tuple[Segment, ...] = ("split", "half", "whole")
+_PARAM_NBYTES = {"split": 2, "half": 2, "whole": 4}
+_MASTER_NBYTES = {"split": 2, "half": 4, "whole": 0}  # in the states range
+
+
+class StateSlot(NamedTuple):
+    """One state of one parameter, of any shape and dtype."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,21 +85,37 @@ class UnitLayout:
 
     Args:
         unit: the unit.
-        state_names: the optimizer's fp32 state kinds, e.g. ("exp_avg", "exp_avg_sq").
-        grad_fp32: whether bf16 parameters' gradients are kept in fp32 (several micro-batches).
+        state_names: the fp32 state kinds of the optimizer and the engine, e.g. ("exp_avg", "exp_avg_sq").
+        grad_fp32: whether 16-bit parameters' gradients are kept in fp32 (several micro-batches).
         chunk_numel: elements per chunk, a multiple of 2048.
+        slots: states of any shape by trainable parameter; then masters are never split, and a segment is one chunk.
+
+    Raises: ValueError for 16-bit parameters of both formats in one half segment.
     """
 
-    def __init__(self, unit: Unit, state_names: Sequence[str], grad_fp32: bool, chunk_numel: int = CHUNK_NUMEL) -> None:
+    def __init__(
+        self,
+        unit: Unit,
+        state_names: Sequence[str],
+        grad_fp32: bool,
+        chunk_numel: int = CHUNK_NUMEL,
+        slots: Mapping[torch.nn.Parameter, Sequence[StateSlot]] | None = None,
+    ) -> None:
         self.unit = unit
         self.state_names = tuple(state_names)
         self.grad_fp32 = grad_fp32
-        self.grad_dtype = {"split": torch.float32 if grad_fp32 else torch.bfloat16, "whole": torch.float32}
+        self._slots = slots
+        half = {info.dtype for info in unit.parameters if self._segment_of(info) == "half"} or {torch.float16}
+        if len(half) > 1:
+            raise ValueError(f"unit {unit.name!r} has trainable parameters in both 16-bit formats; give it one of them")
+        self._param_dtype = {"split": torch.bfloat16, "half": half.pop(), "whole": torch.float32}
+        self.grad_dtype = dict.fromkeys(TRAINABLE_SEGMENTS, torch.float32) if grad_fp32 else dict(self._param_dtype)
         self.members: list[Member] = []
         self.chunks: list[Chunk] = []
         self.pieces: dict[str, list[int]] = {kind: [] for kind in KINDS}
         self._grad_segment_offset: dict[str, int] = {}
-        for segment in ("split", "whole"):
+        self._slot_offsets: dict[torch.nn.Parameter, list[int]] = {}
+        for segment in TRAINABLE_SEGMENTS:
             self._add_segment(segment, chunk_numel)
         self._add_frozen()
         self.by_parameter = {member.info.parameter: member for member in self.members}
@@ -99,18 +134,21 @@ class UnitLayout:
         return sum(self.pieces[kind][piece] for kind, piece in chunk.pieces.items())
 
     def _add_segment(self, segment: Segment, chunk_numel: int) -> None:
-        itemsize = 2 if segment == "split" else 4
+        itemsize = _PARAM_NBYTES[segment]
         base = self.nbytes("param")
         self._grad_segment_offset[segment] = self.nbytes("grad")
         start = 0
         for info in self.unit.parameters:
-            if _segment_of(info) == segment:
+            if self._segment_of(info) == segment:
                 self.members.append(Member(info, segment, start, base + start * itemsize))
                 start += _round_up(info.numel, _ALIGN_NUMEL)
         numel = _round_up(start, _PAGE_NUMEL)
+        if self._slots is not None:
+            chunk_numel = max(numel, 1)
         for first in range(0, numel, chunk_numel):
             length = min(chunk_numel, numel - first)
-            record = length * (4 * len(self.state_names) + (2 if segment == "split" else 0))
+            record = length * (4 * len(self.state_names) + _MASTER_NBYTES[segment])
+            record = self._add_slots(segment, record)
             sizes = {
                 "param": length * itemsize,
                 "states": page_ceil(record),
@@ -118,17 +156,37 @@ class UnitLayout:
             }
             self.chunks.append(Chunk(segment, first, length, self._add_pieces(sizes)))
 
+    def _add_slots(self, segment: Segment, record: int) -> int:
+        """Place the slots of the segment's parameters behind `record` bytes. Returns the bytes with them."""
+        if self._slots is None:
+            return record
+        for info in self.unit.parameters:
+            if self._segment_of(info) == segment:
+                offsets = self._slot_offsets[info.parameter] = []
+                for slot in self._slots[info.parameter]:
+                    record = _round_up(record, 64)
+                    offsets.append(record)
+                    record += slot.nbytes
+        return record
+
     def _add_frozen(self) -> None:
         base = self.nbytes("param")
         start = 0
         for info in self.unit.parameters:
-            if _segment_of(info) == "frozen":
+            if self._segment_of(info) == "frozen":
                 self.members.append(Member(info, "frozen", start, base + start))
                 start += _round_up(info.numel * info.dtype.itemsize, 64)
         nbytes = page_ceil(start)
         for first in range(0, nbytes, _FROZEN_PIECE_NBYTES):
             length = min(_FROZEN_PIECE_NBYTES, nbytes - first)
             self.chunks.append(Chunk("frozen", first, length, self._add_pieces({"frozen": length})))
+
+    def _segment_of(self, info: ParameterInfo) -> Segment:
+        if not info.trainable:
+            return "frozen"
+        if info.dtype == torch.bfloat16 and self._slots is None:
+            return "split"
+        return "half" if info.dtype.itemsize == 2 else "whole"
 
     def _add_pieces(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Append one piece per kind that has bytes; return the piece numbers."""
@@ -159,25 +217,40 @@ class UnitLayout:
     def chunk_arrays(self, chunk: Chunk, buffers: Mapping[str, Tensor]) -> ChunkArrays:
         """Typed flat arrays over one chunk's pieces. `buffers`: uint8 piece by kind, for the kinds that are at hand."""
         if chunk.segment == "frozen":
-            return ChunkArrays(param=buffers.get("frozen"), low=None, states={}, grad=None)
+            return ChunkArrays(param=buffers.get("frozen"))
         param, states, grad = buffers.get("param"), buffers.get("states"), buffers.get("grad")
-        split = chunk.segment == "split"
-        low = None
+        low = master = None
         arrays: dict[str, Tensor] = {}
         if states is not None:
-            offset = 0
-            if split:
-                low = states[: chunk.numel * 2].view(torch.int16)
-                offset = chunk.numel * 2
+            offset = chunk.numel * _MASTER_NBYTES[chunk.segment]
+            if chunk.segment == "split":
+                low = states[:offset].view(torch.int16)
+            elif chunk.segment == "half":
+                master = states[:offset].view(torch.float32)
             for name in self.state_names:
                 arrays[name] = states[offset : offset + chunk.numel * 4].view(torch.float32)
                 offset += chunk.numel * 4
         return ChunkArrays(
-            param=None if param is None else param.view(torch.bfloat16 if split else torch.float32),
+            param=None if param is None else param.view(self._param_dtype[chunk.segment]),
             low=low,
+            master=master,
             states=arrays,
+            record=states,
             grad=None if grad is None else grad.view(self.grad_dtype[chunk.segment]),
         )
+
+    def slots_of(self, parameter: torch.nn.Parameter) -> Sequence[StateSlot]:
+        """The states of any shape that a trainable parameter has."""
+        return () if self._slots is None else self._slots.get(parameter, ())
+
+    def slot_views(self, member: Member, record: Tensor) -> dict[str, Tensor]:
+        """Shaped views of a trainable member's slots by name. `record`: the states piece of its chunk."""
+        views = {}
+        for slot, offset in zip(
+            self.slots_of(member.info.parameter), self._slot_offsets.get(member.info.parameter, ()), strict=True
+        ):
+            views[slot.name] = record[offset : offset + slot.nbytes].view(slot.dtype).view(slot.shape)
+        return views
 
     def members_of(self, chunk: Chunk) -> list[tuple[Member, int, int]]:
         """(member, first, last) for each member that overlaps `chunk`; first and last are positions in its segment."""
@@ -193,20 +266,17 @@ class UnitLayout:
         ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class ChunkArrays:
-    """One chunk as flat arrays [numel]: param (bf16 or fp32; uint8 where frozen), low int16, fp32 states, grad."""
+    """One chunk as flat arrays [numel]: param (16 bits or fp32; uint8 where frozen), low int16 or master fp32, fp32
+    states, grad. `record` is all of its states piece (uint8), in which slots lie."""
 
     param: Tensor | None
-    low: Tensor | None
-    states: dict[str, Tensor]
-    grad: Tensor | None
-
-
-def _segment_of(info: ParameterInfo) -> Segment:
-    if not info.trainable:
-        return "frozen"
-    return "split" if info.dtype == torch.bfloat16 else "whole"
+    low: Tensor | None = None
+    master: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
+    record: Tensor | None = None
+    grad: Tensor | None = None
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .kernels.optimizer import AdamScalars, SgdScalars, adam_, sgd_
+from .layout import StateSlot
 from .units import ParameterInfo
 
 Scalars = AdamScalars | SgdScalars
@@ -127,6 +128,43 @@ class OptimizerSpec(ABC):
         """What must agree when a store made with this optimizer is opened again."""
         settings = {k: v for k, v in asdict(self).items() if k != "groups"} if self.groups is None else {}
         return {"name": type(self).__name__, "states": list(self.active_state_names()), "settings": settings}
+
+
+class WholeParameterSpec(OptimizerSpec):
+    """An optimizer that needs each parameter whole, and whose states may have any shape and dtype."""
+
+    @abstractmethod
+    def slots(self, parameters: Sequence[ParameterInfo]) -> dict[nn.Parameter, Sequence[StateSlot]]:
+        """The states of every trainable parameter. Raises: ValueError for a parameter that it cannot train."""
+
+    @abstractmethod
+    def step_parameter(
+        self,
+        info: ParameterInfo,
+        master: Tensor,
+        states: Mapping[str, Tensor],
+        grad: Tensor,
+        scalars: Any,
+        grad_scale: float,
+    ) -> None:
+        """Update one parameter in place.
+
+        Args:
+            master: [numel] fp32.
+            states: by name, in the shapes and dtypes of its slots; zeros before the first update.
+            grad: [numel] in 16 bits or fp32; only read.
+        """
+
+    def update(
+        self,
+        param: Tensor,
+        low: Tensor | None,
+        states: Mapping[str, Tensor],
+        grad: Tensor,
+        scalars: Scalars,
+        grad_scale: float,
+    ) -> None:
+        raise TypeError(f"{type(self).__name__} steps over whole parameters, not over ranges")
 
 
 @dataclass(frozen=True, kw_only=True)

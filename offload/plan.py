@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .layout import Chunk, UnitLayout
@@ -107,10 +107,8 @@ class Planner:
         floor = self._needs(homes)
         if sum(floor) > self._host_nbytes:
             raise BudgetTooSmall(self._too_small(floor), sum(floor), "host_memory")
-        for kind in PLACED_KINDS:
-            if kind in self._forced or not self._has_nvme:
-                continue
-            for index in range(len(self._layouts)):
+        for index, kind in self._in_order():
+            if kind not in self._forced and self._has_nvme:
                 homes[index][kind] = "host"
                 if sum(self._comfort(homes)) > self._host_nbytes:
                     homes[index][kind] = "nvme"
@@ -127,6 +125,14 @@ class Planner:
             device_nbytes=self._device_nbytes - self._device_ring(),
             device_ring_nbytes=self._device_ring(),
         )
+
+    def _in_order(self) -> Iterator[tuple[int, str]]:
+        """(unit, kind) in the order in which DRAM is given out: all units of one kind after the other. A frozen base
+        comes last, because it is never written; the adapters in it have their gradients and states in DRAM first."""
+        with_frozen = [layout.nbytes("frozen") > 0 for layout in self._layouts]
+        for kind in PLACED_KINDS:
+            yield from ((i, kind) for i, frozen in enumerate(with_frozen) if not (frozen and kind == "param"))
+        yield from ((i, "param") for i, frozen in enumerate(with_frozen) if frozen)
 
     def _may_spill(self, kind: str) -> bool:
         return self._forced.get(kind, "nvme" if self._has_nvme else "host") == "nvme"

@@ -164,6 +164,19 @@ class Residency:
             self._left_over = asyncio.get_running_loop().create_task(self.settled(units))
             self._left_over.add_done_callback(_look_at)
 
+    async def make_pending(self, unit: Unit, made: Future[None]) -> None:
+        """Return when `made` is done, of the unit's last decided update; begin that update if nobody has.
+
+        Unlike `settled` this never waits for an update that is decided later.
+        """
+        while not made.done():
+            changed = self._when_changed()
+            if unit.index in self._updates and unit.index not in self._fetching:
+                old = self._take_stale(unit.index)
+                in_passing = old is None and not self._journeys.rests_in_place(unit.index)
+                self._start_fetch(unit, old.lease if old else None, NEEDED_LATER, old, in_passing)
+            await changed
+
     def call_off(self, units: Sequence[Unit]) -> list[Unit]:
         """Drop the updates of `units` that have not begun. Called on the loop. Returns the units whose update has."""
         begun = []

@@ -16,11 +16,12 @@ from .activations import ActivationBudget
 from .bindings import Bindings
 from .gradients import Gradients
 from .guards import GradientInEngine
+from .hooks import GradientHooks
 from .residency import Residency
 from .scheduler.devices import Device
 from .staged import Staged
 from .turns import Stay, Turn
-from .units import CallSite, ParameterInfo
+from .units import CallSite, ParameterInfo, Unit
 from .usage import CallLedger, ComputeRecord
 
 FIRST_TURN = Turn(0, None)
@@ -40,6 +41,7 @@ class CallRuntime:
         check_open: raises if the engine is closed.
         num_threads: compute threads, fixed for the life of the engine: kernels round differently with another number.
         micro_batches: backwards per step.
+        unscale: what a `GradScaler` does to gradients that live in the engine; see `GradientInEngine`.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CallRuntime:
         num_threads: int,
         micro_batches: int,
         activations: ActivationBudget,
+        unscale: Callable[[Tensor, Tensor], None],
     ) -> None:
         self.device = device
         self.activations = activations
@@ -64,9 +67,10 @@ class CallRuntime:
         self._check_open = check_open
         self._num_threads = num_threads
         self._micro_batches = micro_batches
+        self._unscale = unscale
         self._thread = threading.local()
-        self._hooks: list[Any] = []
-        self._in_forward = 0
+        self._own_hooks: list[Any] = []
+        self._passes: set[tuple[int, object]] = set()
         self._in_backward = False
         self._broken: str | None = None
         self._num_updates: Counter[int] = Counter()
@@ -77,31 +81,70 @@ class CallRuntime:
         self.turn: Turn | None = None
         self.pause: Callable[[CallSite], None] | None = None
         self.stashed: set[tuple[nn.Module, str]] = set()
+        self.hooks = GradientHooks(micro_batches)
+        self.refuse_backward: str | None = None
+        gradients.on_sum = self._call_hooks
 
     def attach(self, parameters: Sequence[ParameterInfo]) -> None:
         """Take the gradients of these parameters as autograd accumulates them."""
         for info in parameters:
             if info.trainable:
-                self._hooks.append(info.parameter.register_hook(_GradientClearer(info.parameter)))
-                self._hooks.append(info.parameter.register_post_accumulate_grad_hook(self._take_gradient))
+                parameter, frozen = info.parameter, not info.parameter.requires_grad
+                self.hooks.take_off(parameter)
+                parameter.requires_grad_(True)  # torch hooks no other
+                self._own_hooks.append(parameter.register_hook(_GradientClearer(parameter, self._backward_seen)))
+                self._own_hooks.append(parameter.register_post_accumulate_grad_hook(self._take_gradient))
+                parameter.requires_grad_(not frozen)
+                self.hooks.shadow(parameter)
 
     def detach(self) -> None:
-        for hook in self._hooks:
+        for hook in self._own_hooks:
             hook.remove()
-        self._hooks.clear()
+        self._own_hooks.clear()
+        self.hooks.put_back()
+
+    def _call_hooks(self, unit: Unit, gradients: dict[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:
+        """The user's hooks on one backward's gradients of `unit`; they may look at its parameters."""
+        if not self.hooks.on(gradients):
+            return gradients
+        with self.hold(CallSite(unit.name, nn.Module(), (unit,))), torch.no_grad():
+            return self.hooks.call(gradients)
 
     # -- passes
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
         """Around a call of the wrapped module. Without gradients to come, private copies end with it."""
-        self._in_forward += 1
+        token = threading.get_ident(), object()
         try:
+            self._passes.add(token)
             yield
         finally:
-            self._in_forward -= 1
-            if not self.accumulating and not self._in_forward and not torch.is_grad_enabled():
+            self._passes.discard(token)
+            if not self.accumulating and not self._passes and not torch.is_grad_enabled():
                 self._bindings.drop_private(keep_for_graphs=True)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a backward of this step raised midway."""
+        return self._broken is not None
+
+    @property
+    def in_forward(self) -> bool:
+        """Whether a forward is under way."""
+        return bool(self._passes)
+
+    def end_calls(self) -> None:
+        """This thread is inside of no call of a unit: undo what is left of one that an interrupt kept from ending."""
+        while self._holds:
+            self._bindings.unbind(self._holds[-1].staged, self._holds[-1])
+            self._holds.pop()
+
+    def end_passes(self) -> None:
+        """This thread is inside of no forward: as `end_calls`."""
+        self.end_calls()
+        for token in [token for token in list(self._passes) if token[0] == threading.get_ident()]:
+            self._passes.discard(token)
 
     @property
     def accumulating(self) -> bool:
@@ -111,10 +154,10 @@ class CallRuntime:
     @property
     def computing(self) -> bool:
         """Whether a forward or a backward is under way."""
-        return self._in_forward > 0 or self._in_backward
+        return self.in_forward or self._in_backward
 
     def look_for_failed_backward(self) -> None:
-        if self._in_backward and not self._in_forward:
+        if self._in_backward and not self.in_forward:
             self._in_backward = False
             self._broken = "a backward raised midway"
 
@@ -122,6 +165,7 @@ class CallRuntime:
         """Raises: RuntimeError if the step's gradients are not whole, with what is missing."""
         done, wanted = self._gradients.num_backwards, self._micro_batches
         self.check_whole()
+        self._refuse_set_gradients()
         if done == wanted or (partial and 0 < done < wanted):
             return
         mend = (
@@ -143,6 +187,7 @@ class CallRuntime:
         """The accumulation was dropped, and with it what had gone wrong."""
         self._in_backward = False
         self._broken = None
+        self.refuse_backward = None
 
     # -- micro-batches that take turns
 
@@ -190,13 +235,21 @@ class CallRuntime:
     # -- one call (see calls.CallHost)
 
     @property
+    def _holds(self) -> list[_Hold]:
+        """The calls of units that the calling thread is inside of."""
+        holds: list[_Hold] | None = getattr(self._thread, "holds", None)
+        if holds is None:
+            holds = self._thread.holds = []
+        return holds
+
+    @property
     def recomputing(self) -> int:
-        return getattr(self._thread, "recomputing", 0)
+        return sum(hold.recompute for hold in self._holds)
 
     @property
     def _depth(self) -> int:
         """How many calls of units the calling thread is inside of."""
-        return getattr(self._thread, "depth", 0)
+        return len(self._holds)
 
     def before_call(self, site: CallSite) -> None:
         if self.pause is not None and not self._depth:
@@ -208,17 +261,19 @@ class CallRuntime:
         if torch.get_num_threads() != self._num_threads:
             torch.set_num_threads(self._num_threads)
         with self._staged(site, recompute) as staged:
-            self._bindings.bind(staged)
+            hold = _Hold(staged, recompute)
             begin = self.device.record()
-            self._thread.recomputing = self.recomputing + recompute
-            self._thread.depth = self._depth + 1
             try:
+                # Invariant: on the list before it is bound and until it is not. An interrupt at any line between leaves
+                # an entry there, by which `mend` undoes the rest; values of a slot that others fill would show on.
+                self._holds.append(hold)
+                self._bindings.bind(staged, hold)
                 yield staged
             finally:
-                self._thread.depth -= 1
-                self._thread.recomputing -= recompute
                 self._compute.add(site, "backward" if recompute else "forward", begin, self.device.record())
-                self._bindings.unbind(staged)
+                self._bindings.unbind(staged, hold)
+                if hold in self._holds:
+                    self._holds.remove(hold)
 
     @contextlib.contextmanager
     def _staged(self, site: CallSite, recompute: bool) -> Iterator[Sequence[Staged]]:
@@ -304,6 +359,9 @@ class CallRuntime:
         """The first node of a backward: ask autograd to tell us when the last one is done."""
         if self._in_backward:
             return
+        if self.refuse_backward:
+            raise RuntimeError(self.refuse_backward)
+        self._refuse_set_gradients()
         if self._gradients.num_backwards >= self._micro_batches:
             raise RuntimeError(
                 f"backward number {self._gradients.num_backwards + 1} of a step with "
@@ -318,20 +376,44 @@ class CallRuntime:
         self._in_backward = False
         with torch.no_grad():
             for parameter in self._gradients.present():
-                parameter.grad = GradientInEngine(self._bindings.placeholder(parameter))
+                parameter.grad = GradientInEngine(self._bindings.placeholder(parameter), self._unscale)
+
+    def _refuse_set_gradients(self) -> None:
+        """Raises: RuntimeError if somebody has written to a parameter's `grad`, which would be lost."""
+        for parameter in self._gradients.parameters:
+            shown = parameter.grad
+            if (shown is not None) != self._gradients.is_present(parameter) or not (
+                shown is None or isinstance(shown, GradientInEngine)
+            ):
+                raise RuntimeError(
+                    f"`.grad` of {self._gradients.name_of(parameter)!r} was set from outside, but gradients live in "
+                    "the engine, so that would be lost; edit it inside `with engine.gather(..., write=True)`, or drop "
+                    "all with engine.optimizer.zero_grad()"
+                )
 
     def _take_gradient(self, parameter: nn.Parameter) -> None:
-        self._backward_seen()
         self._gradients.take(parameter, self.turn.micro_batch if self.turn is not None else 0)
+
+
+class _Hold:
+    """One unit call that a thread is inside of: what it holds, and whether it computes again."""
+
+    __slots__ = ("recompute", "staged")
+
+    def __init__(self, staged: Sequence[Staged], recompute: bool) -> None:
+        self.staged = staged
+        self.recompute = recompute
 
 
 class _GradientClearer:
     """Runs before autograd accumulates into a parameter: what `grad` shows between steps is no tensor to add to."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
+    def __init__(self, parameter: nn.Parameter, backward_seen: Callable[[], None]) -> None:
         self._parameter = weakref.ref(parameter)
+        self._backward_seen = backward_seen
 
     def __call__(self, gradient: Tensor) -> None:
+        self._backward_seen()
         parameter = self._parameter()
         if parameter is not None and isinstance(parameter.grad, GradientInEngine):
             parameter.grad = None

@@ -45,6 +45,7 @@ class Stepper:
 
     Args:
         parameters: all of them, in the order of names in which norms are summed.
+        average_decay: of the moving average of the weights, or None for none.
     """
 
     def __init__(
@@ -53,8 +54,10 @@ class Stepper:
         parameters: Sequence[ParameterInfo],
         layouts: Sequence[UnitLayout],
         gradients: Gradients,
+        average_decay: float | None = None,
     ) -> None:
         self._spec = spec
+        self._average_decay = average_decay
         self._by_name = [info.parameter for info in sorted(parameters, key=lambda info: info.name)]
         self._layouts = layouts
         self._gradients = gradients
@@ -66,14 +69,25 @@ class Stepper:
         return math.sqrt(self._gradients.total_square(self._by_name))
 
     def decide(
-        self, grad_scale: float, clip_grad_norm: float | None, loss: float | None, may_skip: bool = True
+        self,
+        grad_scale: float,
+        clip_grad_norm: float | None,
+        loss: float | None,
+        may_skip: bool = True,
+        unscale: float = 1.0,
     ) -> Decision:
-        """Look at all gradients. Nothing is changed yet."""
+        """Look at all gradients. Nothing is changed yet.
+
+        Args:
+            grad_scale: the factor that clipping has put on the unscaled gradients so far.
+            unscale: the inverse of the loss scale that is in the gradients; the reported norm is without it.
+        """
         norm = self.norm()
         finite = not may_skip or (math.isfinite(norm) and (loss is None or math.isfinite(loss)))
+        norm *= unscale
         if finite and clip_grad_norm is not None:
             grad_scale *= clip_factor(norm * grad_scale, clip_grad_norm)
-        return Decision(norm, grad_scale, not finite)
+        return Decision(norm, grad_scale * unscale, not finite)
 
     def prepare(
         self, groups: Sequence[dict[str, object]], grad_scale: float, without: Collection[int] = ()
@@ -93,14 +107,16 @@ class Stepper:
                 updates[layout.unit.index] = update
         return Prepared(updates, list(scalars))
 
-    def prepare_unit(self, unit: int, groups: Sequence[dict[str, object]]) -> UnitUpdate | None:
-        """One unit's update as it is when no factor falls on the gradients; None if it has no gradient.
+    def prepare_unit(
+        self, unit: int, groups: Sequence[dict[str, object]], grad_scale: float = 1.0
+    ) -> UnitUpdate | None:
+        """One unit's update before the step is decided, with a factor that is assumed; None if it has no gradient.
 
         Raises: ValueError for a hyperparameter out of range.
         """
         layout = self._layouts[unit]
         present = {p for p in layout.by_parameter if self._gradients.is_present(p)}
-        return self._update(layout, self._scalars(groups, present), 1.0)
+        return self._update(layout, self._scalars(groups, present), grad_scale) if present else None
 
     def _scalars(
         self, groups: Sequence[dict[str, object]], present: Collection[nn.Parameter]
@@ -121,7 +137,20 @@ class Stepper:
         self, layout: UnitLayout, scalars: Mapping[nn.Parameter, Scalars], grad_scale: float
     ) -> UnitUpdate | None:
         mine = {p: scalars[p] for p in layout.by_parameter if p in scalars}
-        return UnitUpdate(self._spec, layout, mine, grad_scale) if mine else None
+        average_weight = None if self._average_decay is None or not layout.nbytes("states") else self._average_weight()
+        if not mine and average_weight is None:
+            return None
+        return UnitUpdate(self._spec, layout, mine, grad_scale, average_weight)
+
+    @property
+    def has_updated(self) -> bool:
+        """Whether any parameter has been updated yet."""
+        return any(self.counts.values())
+
+    def _average_weight(self) -> float:
+        """The first update makes the average the weights themselves, as `torch.optim.swa_utils.AveragedModel` does."""
+        assert self._average_decay is not None
+        return 1.0 - self._average_decay if self.has_updated else 1.0
 
     def book(self, prepared: Prepared) -> None:
         """The parameters of a prepared update age by one step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,12 +15,45 @@ from .calls import UnitForward
 from .durable import CommitLog
 from .guards import Guards
 from .hostheap import trim_heap
+from .layout import UnitLayout
 from .runtime import CallRuntime
+from .untraced import untraced
+from .weights.progress import report_filling
+from .weights.source import ValueSource
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
 
 
 def is_taken_over(module: nn.Module) -> bool:
     """Whether an engine has taken over `module` or a part of it."""
-    return any(isinstance(part.forward, UnitForward) for part in module.modules())
+    return any(isinstance(part.forward, (UnitForward, PassForward)) for part in module.modules())
+
+
+class PassForward:
+    """Stands in for the `forward` of the wrapped module and of every part of it that holds units: whoever calls one of
+    them first begins a pass, as a call of the engine does.
+
+    Args:
+        begin: given the positional arguments, a context for the length of the pass.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        runtime: CallRuntime,
+        begin: Callable[[tuple[Any, ...]], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self.original: Callable[..., Any] = module.forward
+        self.__wrapped__ = self.original  # for `inspect.signature`
+        self._runtime = runtime
+        self._begin = begin
+
+    @untraced
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._runtime.in_forward:
+            return self.original(*args, **kwargs)
+        with self._begin(args):
+            return self.original(*args, **kwargs)
 
 
 class Takeover:
@@ -48,20 +83,28 @@ class Takeover:
 
     def begin(
         self,
+        source: ValueSource,
         show: Callable[[nn.Parameter], nn.Parameter],
         value: Callable[[nn.Parameter], Tensor],
         drop_gradients: Callable[[], None],
+        begin_pass: Callable[[tuple[Any, ...]], contextlib.AbstractContextManager[None]],
     ) -> None:
-        """Move all values to their homes, then put placeholders, hooks and guards in place. For the arguments, see
-        `Guards`."""
-        for layout in self._parts.layouts:
-            if self._log is not None:
-                self._log.restore_resting(layout.unit.index)
-            else:
-                self._access.fill(layout)
-            for member in layout.members:
-                self._bindings.release(member.info.parameter)
-        trim_heap()
+        """Move all values to their homes, then put placeholders, hooks and guards in place. For the other arguments,
+        see `Guards`.
+
+        Args:
+            source: what gives the values, unless the store does.
+        """
+        with report_filling(self._parts.config.progress, _filled_nbytes(self._parts.layouts)) as stored:
+            for layout in self._parts.layouts:
+                if self._log is not None:
+                    self._log.restore_resting(layout.unit.index)
+                else:
+                    with source.unit(layout.unit) as read:
+                        self._access.fill(layout, read, stored)
+                for member in layout.members:
+                    self._bindings.release(member.info.parameter)
+                trim_heap()
         for part in self._module.modules():
             for name, buffer in part._buffers.items():
                 if buffer is not None:
@@ -69,22 +112,41 @@ class Takeover:
         self._guards = Guards(self._module, self._parts.parameters, show, value, drop_gradients)
         for site in self._parts.partition.call_sites:
             site.module.__dict__["forward"] = UnitForward(site, self._runtime)
+        for part in self._holding_units():
+            part.__dict__["forward"] = PassForward(part, self._runtime, begin_pass)
         self._runtime.attach(self._parts.parameters)
+
+    def _holding_units(self) -> list[nn.Module]:
+        """The wrapped module, and what is called on the way from it to the units."""
+        sites = {site.module for site in self._parts.partition.call_sites}
+        inside = {part for site in sites for part in site.modules()}
+        return [
+            part
+            for part in self._module.modules()
+            if part is self._module
+            or (part not in inside and not sites.isdisjoint(part.modules()) and not isinstance(part, _CONTAINERS))
+        ]
 
     def values_changed(self) -> None:
         """Parameters have other values than a moment ago."""
         assert self._guards is not None, "nobody has values before begin()"
         self._guards.values_changed()
 
-    def undo(self) -> None:
-        """The module gets back what was taken from it, as far as the store can still be read."""
+    def undo(self, source: ValueSource) -> None:
+        """The module gets back what was taken from it, as far as the store can still be read, and `source` cannot give
+        it back itself."""
         if self._guards is not None:
             self._guards.remove()
         self._runtime.detach()
-        for site in self._parts.partition.call_sites:
-            site.module.__dict__.pop("forward", None)
+        for part in [*self._holding_units(), *(site.module for site in self._parts.partition.call_sites)]:
+            part.__dict__.pop("forward", None)
         for layout in self._parts.layouts:
-            taken = [p for p in layout.by_parameter if self._bindings.is_released(p)]
+            mine = set(layout.by_parameter) - set(source.repeatable)
+            taken = [p for p in layout.by_parameter if p in mine and self._bindings.is_released(p)]
             if taken and not self._parts.config.resume:
                 for parameter, host in self._access.read(layout, taken, states=False).items():
                     self._bindings.restore(parameter, host.value.to(self._dtypes[parameter]))
+
+
+def _filled_nbytes(layouts: Sequence[UnitLayout]) -> int:
+    return sum(layout.nbytes(kind) for layout in layouts for kind in ("param", "frozen", "states"))

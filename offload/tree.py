@@ -15,24 +15,28 @@ Rebuild = Callable[[list[Any]], Any]
 _SEARCH_DEPTH = 4
 
 
-def flatten(value: Any, where: str) -> tuple[list[Any], Rebuild]:
+def flatten(value: Any, where: str, closed: Callable[[Any], bool] = lambda node: False) -> tuple[list[Any], Rebuild]:
     """The leaves of `value` and a function that rebuilds it from leaves.
 
-    Containers that torch knows (Hugging Face's outputs register themselves) and plain dataclasses are opened. Any other
-    object is one leaf; if it carries a tensor that needs a gradient, the gradient would be lost.
+    Containers that torch knows (Hugging Face's outputs register themselves) and plain dataclasses are opened, unless
+    `closed` says that they are one leaf. Any other object is one leaf; if it carries a tensor that needs a gradient,
+    the gradient would be lost.
 
     Raises: TypeError for such an object; `where` says whose argument or result it is.
     """
-    leaves, spec = tree_flatten(value)
+    leaves, spec = tree_flatten(value, is_leaf=closed)
     flat: list[Any] = []
     rebuilders: list[tuple[int, Rebuild | None]] = []
     for leaf in leaves:
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, Tensor)):
-            inner, rebuild = _flatten_dataclass(leaf, where)
+        if closed(leaf):
+            rebuilders.append((1, None))
+            flat.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, Tensor)):
+            inner, rebuild = _flatten_dataclass(leaf, where, closed)
             rebuilders.append((len(inner), rebuild))
             flat += inner
         else:
-            _refuse_hidden_gradient(leaf, where)
+            refuse_hidden_gradient(leaf, where)
             rebuilders.append((1, None))
             flat.append(leaf)
 
@@ -47,9 +51,9 @@ def flatten(value: Any, where: str) -> tuple[list[Any], Rebuild]:
     return flat, rebuild_all
 
 
-def _flatten_dataclass(value: Any, where: str) -> tuple[list[Any], Rebuild]:
+def _flatten_dataclass(value: Any, where: str, closed: Callable[[Any], bool]) -> tuple[list[Any], Rebuild]:
     names = [field.name for field in dataclasses.fields(value)]
-    leaves, rebuild = flatten([getattr(value, name) for name in names], where)
+    leaves, rebuild = flatten(tuple(getattr(value, name) for name in names), where, closed)
 
     def rebuild_dataclass(values: list[Any]) -> Any:
         twin = copy.copy(value)
@@ -60,13 +64,14 @@ def _flatten_dataclass(value: Any, where: str) -> tuple[list[Any], Rebuild]:
     return leaves, rebuild_dataclass
 
 
-def _refuse_hidden_gradient(leaf: Any, where: str) -> None:
+def refuse_hidden_gradient(leaf: Any, where: str) -> None:
+    """Raises: TypeError if an object that is no tensor carries one that needs a gradient."""
     if isinstance(leaf, Tensor) or not _carries_gradient(leaf, _SEARCH_DEPTH):
         return
     raise TypeError(
         f"{where} passes a {type(leaf).__name__} that carries a tensor which needs a gradient; units exchange "
-        "gradients through tensors, tuples, lists, dicts and dataclasses: pass the tensor itself, or register "
-        "the class with torch.utils._pytree.register_pytree_node"
+        "gradients through tensors, tuples, lists, dicts and attributes of plain objects: pass the tensor itself, or "
+        "register the class with torch.utils._pytree.register_pytree_node"
     )
 
 
@@ -83,6 +88,7 @@ def _carries_gradient(value: Any, depth: int) -> bool:
     else:
         items = []
     items += list(getattr(value, "__dict__", {}).values())
+    items += [getattr(value, name, None) for name in getattr(type(value), "__slots__", ()) if name != "__weakref__"]
     return any(_carries_gradient(item, depth - 1) for item in items)
 
 

@@ -67,11 +67,16 @@ class Partition:
     call_sites: tuple[CallSite, ...]
 
 
-def collect_parameters(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[str]) -> list[ParameterInfo]:
+def collect_parameters(
+    module: nn.Module, dtype: torch.dtype, keep_fp32: Sequence[str], reserve: Sequence[str] = ()
+) -> list[ParameterInfo]:
     """All parameters of `module`, each once, with the dtype it will compute in.
 
-    Raises: ValueError for parameters on the meta device, complex or 8-bit float trainable ones, and distinct parameters
-    that share memory.
+    Args:
+        reserve: patterns of names of parameters that count as trainable, also where they are frozen now.
+
+    Raises: ValueError for a pattern in `reserve` that matches nothing, parameters on the meta device, complex or 8-bit
+        float trainable ones, and distinct parameters that share memory.
     """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -79,15 +84,22 @@ def collect_parameters(module: nn.Module, dtype: torch.dtype, keep_fp32: Sequenc
     patterns = [*keep_fp32, *(f"*{word}*" for word in _hf_keep_fp32(module))]
     infos = []
     owners: dict[int, str] = {}
+    for pattern in reserve:
+        if not any(fnmatch.fnmatchcase(name, pattern) for its_names in names.values() for name in its_names):
+            example = next(iter(names.values()), ["(none)"])[0]
+            raise ValueError(f"trainable has {pattern!r}, which matches no parameter; names look like {example!r}")
     for parameter, its_names in names.items():
-        _check_parameter(its_names[0], parameter, owners)
+        trainable = parameter.requires_grad or any(
+            fnmatch.fnmatchcase(name, pattern) for name in its_names for pattern in reserve
+        )
+        _check_parameter(its_names[0], parameter, trainable, owners)
         infos.append(
             ParameterInfo(
                 parameter=parameter,
                 names=tuple(its_names),
                 dtype=_compute_dtype(parameter, its_names, dtype, patterns),
                 shape=parameter.shape,
-                trainable=parameter.requires_grad,
+                trainable=trainable,
             )
         )
     return infos
@@ -109,12 +121,13 @@ def _compute_dtype(
     return dtype
 
 
-def _check_parameter(name: str, parameter: nn.Parameter, owners: dict[int, str]) -> None:
+def _check_parameter(name: str, parameter: nn.Parameter, trainable: bool, owners: dict[int, str]) -> None:
     if parameter.device.type == "meta":
         raise ValueError(
-            f"parameter {name!r} is on the meta device and has no values; build the model on the CPU, or load it first"
+            f"parameter {name!r} is on the meta device and has no values; build the model inside `with "
+            "offload.deferred_init():`, or give it to OffloadEngine.from_meta or from_pretrained(..., module=model)"
         )
-    if parameter.requires_grad and (not parameter.dtype.is_floating_point or parameter.dtype.itemsize == 1):
+    if trainable and (not parameter.dtype.is_floating_point or parameter.dtype.itemsize == 1):
         raise ValueError(
             f"trainable parameter {name!r} has dtype {parameter.dtype}; trainable parameters are float16, bfloat16, "
             "float32 or float64: convert it, or set requires_grad=False"
@@ -130,13 +143,25 @@ def _check_parameter(name: str, parameter: nn.Parameter, owners: dict[int, str])
         )
 
 
-def partition(module: nn.Module, parameters: Sequence[ParameterInfo], max_unit_numel: int | None = None) -> Partition:
+def partition(
+    module: nn.Module,
+    parameters: Sequence[ParameterInfo],
+    max_unit_numel: int | None = None,
+    chosen: Sequence[str | type[nn.Module]] = (),
+) -> Partition:
     """Cut `module` into units: each element of a module list, each embedding, head and other direct child.
 
     A module is a unit if it is called as a whole; a module that holds a list of blocks (a trunk), the root, and
     containers are descended into, and what parameters such a module holds itself make one unit read on touch.
     A block of more than `max_unit_numel` elements is descended into like a trunk.
+
+    Args:
+        chosen: classes and patterns of names (`fnmatch`) of modules that are units, the outermost where they lie inside
+            each other. They are never cut, and what holds them is descended into.
+
+    Raises: ValueError for an entry of `chosen` that no module fits, or only lists, which nobody calls.
     """
+    chosen_modules = _choose(module, chosen)
     owner: dict[nn.Parameter, ParameterInfo] = {info.parameter: info for info in parameters}
     units: list[Unit] = []
     unit_of: dict[nn.Parameter, Unit] = {}
@@ -154,8 +179,9 @@ def partition(module: nn.Module, parameters: Sequence[ParameterInfo], max_unit_n
             return
         too_big = max_unit_numel is not None and sum(p.numel() for p in child.parameters()) > max_unit_numel
         has_children = next(child.children(), None) is not None
-        whole = child is not module and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
-        if whole and (not has_children or (not too_big and (is_block or not _is_trunk(child)))):
+        whole = child is not module and not isinstance(child, _LISTS)
+        is_road = too_big or _holds(child, chosen_modules) or (not is_block and _is_trunk(child))
+        if id(child) in chosen_modules or (whole and (not has_children or not is_road)):
             add_unit(name, child.parameters())
             sites.append((name, child))
             return
@@ -173,6 +199,34 @@ def partition(module: nn.Module, parameters: Sequence[ParameterInfo], max_unit_n
         tuple(units),
         tuple(CallSite(name, site, _units_below(site, unit_of)) for name, site in _unique(sites)),
     )
+
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def _choose(module: nn.Module, chosen: Sequence[str | type[nn.Module]]) -> set[int]:
+    """Identities of the modules below `module` that an entry fits."""
+    found: set[int] = set()
+    for entry in chosen:
+        fits = [(name, part) for name, part in module.named_modules() if name and _fits(name, part, entry)]
+        called = [id(part) for _, part in fits if not isinstance(part, _LISTS)]
+        if not called:
+            what = f"pattern {entry!r}" if isinstance(entry, str) else f"class {entry.__name__}"
+            example, part = next(((n, p) for n, p in module.named_modules() if n), ("", module))
+            mend = f"names look like {example!r}, classes like {type(part).__name__}"
+            if fits:
+                mend = f"{fits[0][0]!r} is a list, which nobody calls: give {fits[0][0] + '.*'!r}"
+            raise ValueError(f"OffloadConfig(units=...): the {what} fits no module that can be a unit; {mend}")
+        found.update(called)
+    return found
+
+
+def _fits(name: str, part: nn.Module, entry: str | type[nn.Module]) -> bool:
+    return fnmatch.fnmatchcase(name, entry) if isinstance(entry, str) else isinstance(part, entry)
+
+
+def _holds(module: nn.Module, chosen_modules: set[int]) -> bool:
+    return any(id(part) in chosen_modules for part in module.modules() if part is not module)
 
 
 def _is_trunk(module: nn.Module) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .homes import ChunkStream, Home
+from .kernels.average import average_
+from .kernels.gradient import copy_
 from .layout import Chunk, ChunkArrays, UnitLayout
-from .optimizers import OptimizerSpec, Scalars
+from .optimizers import OptimizerSpec, Scalars, WholeParameterSpec
 from .scheduler.storage import NEEDED_SOON
+
+AVERAGE = "ema"
+"""The state kind of the moving average of the weights."""
 
 
 class Range(NamedTuple):
@@ -26,17 +31,35 @@ class UnitUpdate:
 
     Args:
         scalars: for each parameter with a gradient; a parameter that is missing here is untouched.
-        grad_scale: the deferred factor on all gradients (clipping).
+        grad_scale: the deferred factor on all gradients (clipping, and the inverse of a loss scale).
+        average_weight: of the new masters in the moving average (the state "ema"), which takes in all of the unit's
+            parameters; None where no average is kept.
     """
 
     def __init__(
-        self, spec: OptimizerSpec, layout: UnitLayout, scalars: Mapping[nn.Parameter, Scalars], grad_scale: float
+        self,
+        spec: OptimizerSpec,
+        layout: UnitLayout,
+        scalars: Mapping[nn.Parameter, Scalars],
+        grad_scale: float,
+        average_weight: float | None = None,
     ) -> None:
         self._spec = spec
         self._layout = layout
         self._scalars = scalars
         self._grad_scale = grad_scale
+        self._average_weight = average_weight
         self._chunks = [chunk for chunk in layout.chunks if chunk.segment != "frozen"]
+
+    @property
+    def changes_parameters(self) -> bool:
+        """Whether more than the moving average changes."""
+        return bool(self._scalars)
+
+    @property
+    def parameters(self) -> Collection[nn.Parameter]:
+        """Those with a gradient."""
+        return self._scalars.keys()
 
     @property
     def num_chunks(self) -> int:
@@ -61,7 +84,7 @@ class UnitUpdate:
             self._layout,
             homes,
             self._work,
-            reads=("param", "states", "grad"),
+            reads=("param", "states", "grad") if self._scalars else ("param", "states"),
             writes=("param", "states"),
             label="update",
             chunks=self._chunks,
@@ -73,17 +96,46 @@ class UnitUpdate:
         )
 
     def _work(self, chunk: Chunk, arrays: ChunkArrays) -> None:
+        assert arrays.param is not None
+        if self._scalars and isinstance(self._spec, WholeParameterSpec):
+            self._step_parameters(self._spec, chunk, arrays)
+        elif self._scalars:
+            self._step_ranges(chunk, arrays)
+        if self._average_weight is not None:
+            param, low = (arrays.param, arrays.low) if arrays.master is None else (arrays.master, None)
+            average_(arrays.states[AVERAGE], param, low, self._average_weight)
+
+    def _step_ranges(self, chunk: Chunk, arrays: ChunkArrays) -> None:
         assert arrays.param is not None and arrays.grad is not None
         for first, last, scalars in self.ranges(chunk):
             part = slice(first - chunk.start, last - chunk.start)
+            param = arrays.param[part]
+            master = None if arrays.master is None else arrays.master[part]
             self._spec.update(
-                arrays.param[part],
+                param if master is None else master,
                 None if arrays.low is None else arrays.low[part],
                 {name: state[part] for name, state in arrays.states.items()},
                 arrays.grad[part],
                 scalars,
                 self._grad_scale,
             )
+            if master is not None:
+                copy_(param, master)
+
+    def _step_parameters(self, spec: WholeParameterSpec, chunk: Chunk, arrays: ChunkArrays) -> None:
+        """The layout has given each segment one chunk, so every parameter is here whole."""
+        assert arrays.param is not None and arrays.grad is not None
+        for member, first, last in self._layout.members_of(chunk):
+            scalars = self._scalars.get(member.info.parameter)
+            if scalars is None:
+                continue
+            part = slice(first - chunk.start, last - chunk.start)
+            param = arrays.param[part]
+            master = param if arrays.master is None else arrays.master[part]
+            states = {} if arrays.record is None else self._layout.slot_views(member, arrays.record)
+            spec.step_parameter(member.info, master, states, arrays.grad[part], scalars, self._grad_scale)
+            if arrays.master is not None:
+                copy_(param, master)
 
     def ranges(self, chunk: Chunk) -> list[Range]:
         """The ranges inside `chunk`; neighbours with equal scalars are one."""

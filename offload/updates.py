@@ -34,6 +34,7 @@ class PendingUpdates:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pending: dict[int, Pending] = {}
+        self._made: dict[int, Future[None]] = {}
         self._failure: BaseException | None = None
         self._reported = False
 
@@ -44,7 +45,9 @@ class PendingUpdates:
             assert not self._pending.keys() & updates.keys(), "a step is decided when the one before it has been made"
             added = {index: Pending(update, after) for index, update in updates.items()}
             self._pending.update(added)
-        return {index: pending.made for index, pending in added.items()}
+            made = {index: pending.made for index, pending in added.items()}
+            self._made.update(made)
+        return made
 
     def take(self, unit: int) -> Pending | None:
         """Hand over the unit's update, if it has one; whoever takes it makes it."""
@@ -57,6 +60,11 @@ class PendingUpdates:
     def units(self) -> list[int]:
         with self._lock:
             return list(self._pending)
+
+    def made(self, unit: int) -> Future[None] | None:
+        """What is done when the unit's last decided update is stored, or was called off; None before its first."""
+        with self._lock:
+            return self._made.get(unit)
 
     # -- what went wrong
 
@@ -72,6 +80,13 @@ class PendingUpdates:
                 self._failure = error
         if not pending.made.done():
             pending.made.set_exception(error)
+
+    def spoilt(self, error: BaseException) -> None:
+        """Values or states were replaced in part: they are of two steps, as after an update that broke off."""
+        with self._lock:
+            if self._failure is None:
+                self._failure = error
+                self._reported = True
 
     def report(self) -> BaseException | None:
         """The failure, the first time that somebody asks; None ever after."""

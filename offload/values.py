@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -12,16 +13,21 @@ from torch import Tensor, nn
 from .access import HostParameter, ParameterAccess
 from .gradients import Gradients
 from .layout import UnitLayout
+from .loss_scale import LossScaling
+from .step import Stepper
+from .torch_states import TorchState
 from .units import ParameterInfo
+from .update import AVERAGE
 
 
 class Values:
     """Brings parameters to the host and takes edits back, unit by unit.
 
     Args:
-        counts: updates so far by trainable parameter; edited values may set them.
+        stepper: knows the updates so far by trainable parameter, which edited values may set.
+        scaling: what gradients are shown without.
         before_write: called with a unit's index before its values change (evicts copies, waits for commits).
-        after_write: called when values have changed.
+        after_write: called with it when they have, and with whether forwards compute with other values now.
     """
 
     def __init__(
@@ -31,16 +37,19 @@ class Values:
         layouts: Sequence[UnitLayout],
         access: ParameterAccess,
         gradients: Gradients,
-        counts: dict[nn.Parameter, int],
+        stepper: Stepper,
+        scaling: LossScaling,
         before_write: Callable[[int], None],
-        after_write: Callable[[int], None],
+        after_write: Callable[[int, bool], None],
     ) -> None:
         self._module = module
         self._infos = {info.parameter: info for info in parameters}
         self._layouts = layouts
         self._access = access
         self._gradients = gradients
-        self._counts = counts
+        self._stepper = stepper
+        self._counts = stepper.counts
+        self._scaling = scaling
         self._before_write = before_write
         self._after_write = after_write
         self._full: dict[nn.Parameter, Tensor] | None = None
@@ -56,6 +65,7 @@ class Values:
         present = self._gradients.present()
         gathered: dict[str, HostParameter] = {}
         chosen: list[tuple[UnitLayout, dict[nn.Parameter, HostParameter]]] = []
+        before: dict[nn.Parameter, int] = {}
         for layout in self._layouts:
             wanted = [p for p in layout.by_parameter if self._matches(self._infos[p], patterns)]
             if wanted:
@@ -63,10 +73,13 @@ class Values:
                 for parameter, value in values.items():
                     gathered.update(dict.fromkeys(self._infos[parameter].names, value))
                 chosen.append((layout, values))
+                if write:
+                    before.update((parameter, _digest(value.value)) for parameter, value in values.items())
         yield gathered
         if write:
             for layout, values in chosen:
-                self._write(layout, values)
+                edited = any(_digest(value.value) != before[parameter] for parameter, value in values.items())
+                self._write(layout, values, edited)
             self._gradients.forget_norms()
 
     def _matches(self, info: ParameterInfo, patterns: Sequence[str]) -> bool:
@@ -78,17 +91,38 @@ class Values:
         values = self._access.read(layout, wanted, states=True, grads=grads)
         for parameter, value in values.items():
             value.step = self._counts.get(parameter, 0)
+            if value.grad is not None:
+                value.grad.mul_(self._scaling.inverse)
+            if AVERAGE in value.states and not self._stepper.has_updated:
+                value.states[AVERAGE].copy_(value.value)  # until the first update it is the weights themselves
         return values
 
-    def _write(self, layout: UnitLayout, values: dict[nn.Parameter, HostParameter]) -> None:
+    def _write(self, layout: UnitLayout, values: dict[nn.Parameter, HostParameter], edited: bool) -> None:
+        """`edited`: forwards from here on compute with other values, rather than only the next step."""
+        self._check_states(layout, values)
         self._before_write(layout.unit.index)
+        has_updated = self._stepper.has_updated
         try:
+            for value in values.values():
+                if value.grad is not None:
+                    value.grad.div_(self._scaling.inverse)
+                if AVERAGE in value.states and not value.step and not has_updated:
+                    value.states[AVERAGE].copy_(value.value)
             self._access.write(layout, values)
             for parameter, value in values.items():
                 if parameter in self._counts:
                     self._counts[parameter] = value.step
         finally:
-            self._after_write(layout.unit.index)
+            self._after_write(layout.unit.index, edited)
+
+    def _check_states(self, layout: UnitLayout, values: Mapping[nn.Parameter, HostParameter]) -> None:
+        for parameter, value in values.items():
+            known = {*layout.state_names, *(slot.name for slot in layout.slots_of(parameter))}
+            unknown = sorted(set(value.states) - known)
+            if unknown:
+                raise KeyError(
+                    f"{value.name!r} was given the state {unknown[0]!r}; this run keeps {sorted(known) or 'none'}"
+                )
 
     def states(self) -> dict[nn.Parameter, HostParameter]:
         """All trainable parameters with their optimizer states."""
@@ -97,12 +131,52 @@ class Values:
             states.update(self._read(layout, [p for p in layout.by_parameter if p in self._counts], set()))
         return states
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict with fp32 masters, read unit by unit."""
-        full: dict[nn.Parameter, Tensor] = {}
+    def write_states(self, states: Mapping[nn.Parameter, TorchState]) -> None:
+        """Replace the optimizer states of these parameters, and their counts; kinds that torch lacks (an average) stay.
+
+        Raises: ValueError for kinds and shapes that this run does not have; nothing is written then.
+        """
         for layout in self._layouts:
-            for parameter, host in self._access.read(layout, list(layout.by_parameter), states=False).items():
-                full[parameter] = host.value
+            for parameter in layout.by_parameter:
+                if parameter in states:
+                    self._check_torch_state(self._access.blank(layout, parameter), states[parameter])
+        for layout in self._layouts:
+            values = self._read(layout, [p for p in layout.by_parameter if p in states], set())
+            for parameter, host in values.items():
+                found = states[parameter]
+                host.step = found.step
+                for kind, state in host.states.items():
+                    if kind in found.states:
+                        state.copy_(found.states[kind])
+                    elif kind == "step":
+                        state.fill_(found.step)
+                    elif kind != AVERAGE:
+                        state.zero_()
+            if values:
+                self._write(layout, values, edited=False)
+
+    def _check_torch_state(self, host: HostParameter, found: TorchState) -> None:
+        unknown = sorted(set(found.states) - set(host.states))
+        lost = sorted(set(host.states) - set(found.states) - {AVERAGE, "step"}) if found.step else []
+        if unknown or lost:
+            raise ValueError(
+                f"the states of {host.name!r} are {sorted(found.states)}, this run keeps {sorted(host.states)}; load a "
+                "state dict of the same optimizer"
+            )
+        for kind, state in found.states.items():
+            if state.shape != host.states[kind].shape:
+                raise ValueError(
+                    f"{kind} of {host.name!r} has shape {tuple(state.shape)} in the state dict and "
+                    f"{tuple(host.states[kind].shape)} in this run; are the parameters in the same order?"
+                )
+
+    def state_dict(self, averaged: bool = False) -> dict[str, Tensor]:
+        """The module's state dict with fp32 masters, or their averages in their place, read unit by unit."""
+        full: dict[nn.Parameter, Tensor] = {}
+        averaged = averaged and self._stepper.has_updated
+        for layout in self._layouts:
+            for parameter, host in self._access.read(layout, list(layout.by_parameter), states=averaged).items():
+                full[parameter] = host.states.get(AVERAGE, host.value) if averaged else host.value
         self._full = full
         try:
             return dict(self._module.state_dict())
@@ -125,7 +199,7 @@ class Values:
             for parameter, host in values.items():
                 host.value.copy_(chosen[parameter])  # type: ignore[arg-type]
             if values:
-                self._write(layout, values)
+                self._write(layout, values, edited=True)
         with torch.no_grad():
             for name in set(buffers) & set(state_dict):
                 buffers[name].copy_(state_dict[name])
@@ -154,6 +228,10 @@ class Values:
             dot = f"{prefix}." if prefix else ""
             yield from (dot + name for name, p in dict.items(part._parameters) if p is not None)
             yield from (dot + name for name, _ in persistent_buffers(part))
+
+
+def _digest(value: Tensor) -> int:
+    return zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy().data) if value.numel() else 0
 
 
 def persistent_buffers(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -41,6 +41,7 @@ class VerticalSchedule:
         backward: one backward as the engine makes it.
         note: takes a loss (0-dim) whose backward was made here.
         micro_batches: the most that a step has.
+        scaled: what a backward begins from, given the loss.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class VerticalSchedule:
         parameters: Sequence[ParameterInfo],
         runtime: CallRuntime,
         micro_batches: int,
+        scaled: Callable[[Tensor], Tensor],
     ) -> None:
         self._call = call
         self._backward = backward
@@ -60,6 +62,7 @@ class VerticalSchedule:
         self._trainable = [info.parameter for info in parameters if info.trainable]
         self._runtime = runtime
         self._micro_batches = micro_batches
+        self._scaled = scaled
         self._obstacle: str | None = None
         self._looked_at_buffers = False
 
@@ -112,7 +115,8 @@ class VerticalSchedule:
     # -- one by one, because turns would give something else
 
     def _is_obstructed(self) -> bool:
-        if self._obstacle is None and any(_has_hooks_of_the_user(parameter) for parameter in self._trainable):
+        # A hook would not see what a leaf of a turn gets.
+        if self._obstacle is None and self._runtime.hooks.on(self._trainable):
             self._give_up("a parameter has gradient hooks of its own")
         return self._obstacle is not None
 
@@ -135,7 +139,7 @@ class VerticalSchedule:
             losses = Forwards(self._runtime, loss_of, streams, before, self._give_up).run()
             changed = before.changed_beside(self._runtime.stashed)
             if changed is None:
-                torch.autograd.backward(losses)
+                torch.autograd.backward([self._scaled(loss) for loss in losses])
         if changed is not None:
             self._give_up(f"forward changes {changed}")
             before.restore()
@@ -343,11 +347,6 @@ def _same(one: Any, other: Any) -> bool:
         and isinstance(one, (bool, int, float, str, torch.Size, torch.dtype, torch.device))
         and one == other
     )
-
-
-def _has_hooks_of_the_user(parameter: nn.Parameter) -> bool:
-    """Beside the engine's own, of which there is one of each kind: they would not see what a leaf of a turn gets."""
-    return len(parameter._backward_hooks or ()) > 1 or len(parameter._post_accumulate_grad_hooks or ()) > 1
 
 
 def _as_loss(call: Callable[..., Any], loss_fn: LossFn | None, batch: Any) -> Tensor:

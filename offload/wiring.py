@@ -13,14 +13,18 @@ from torch import Tensor, nn
 from .access import ParameterAccess
 from .activations import ActivationBudget
 from .assembly import Assembly
+from .average import ShownAverage
 from .bindings import Bindings
 from .bound import EngineBound
+from .checkpoint import Checkpoints
+from .checkpoint.loading import RunFacts
 from .durable import CommitLog, RunState
 from .early import EarlyUpdates
 from .engine_optimizer import EngineOptimizer, OptimizerHost
 from .gradients import Gradients
 from .homes import ChunkStream
 from .journey import Journeys
+from .loss_scale import LossScaling
 from .optimizers import OptimizerSpec
 from .order import UseOrder
 from .record import StepRecord
@@ -53,14 +57,17 @@ class Wiring:
     residency: Residency
     gradients: Gradients
     stepper: Stepper
+    scaling: LossScaling
     access: ParameterAccess
     bindings: Bindings
     runtime: CallRuntime
     vertical: VerticalSchedule
     values: Values
+    average: ShownAverage
     optimizer: EngineOptimizer
     state: RunState
     log: CommitLog | None
+    checkpoints: Checkpoints
     early: EarlyUpdates | None
     record: StepRecord
     takeover: Takeover
@@ -75,7 +82,7 @@ def wire(
     check_open: Callable[[], None],
     read_private: Callable[[nn.Parameter], Tensor],
     before_write: Callable[[int], None],
-    after_write: Callable[[int], None],
+    after_write: Callable[[int, bool], None],
 ) -> Wiring:
     """Make and connect the parts. On any failure the loop's thread is ended.
 
@@ -92,15 +99,16 @@ def wire(
         stream = ChunkStream(parts.ring, parts.lanes, parts.device_ring)
         order = UseOrder(_first_order(parts.partition.call_sites))
         updates = PendingUpdates()
+        journeys = Journeys(
+            parts.layouts, parts.homes, parts.resting, parts.device, parts.lanes, parts.stage, stream, updates
+        )
         residency = Residency(
             parts.layouts,
             parts.device,
             loop,
             parts.slots,
             order,
-            Journeys(
-                parts.layouts, parts.homes, parts.resting, parts.device, parts.lanes, parts.stage, stream, updates
-            ),
+            journeys,
             updates,
             update_window_nbytes(parts.plan.ring_nbytes),
             parts.lanes.trace,
@@ -115,7 +123,8 @@ def wire(
             config.micro_batches,
             residency.settled,
         )
-        stepper = Stepper(spec, parts.parameters, parts.layouts, gradients)
+        stepper = Stepper(spec, parts.parameters, parts.layouts, gradients, config.ema_decay)
+        scaling = LossScaling(config.loss_scale)
         access = ParameterAccess(parts.layouts, parts.homes, stream, loop, parts.device.torch_device, residency.settled)
         bindings = Bindings(parts.parameters, parts.device.torch_device, read_private)
         compute = ComputeRecord(parts.lanes.trace)
@@ -130,17 +139,39 @@ def wire(
             torch.get_num_threads(),
             config.micro_batches,
             ActivationBudget(config.activation_budget_nbytes(parts.device)),
+            lambda found_inf, inverse: scaling.unscale(stepper.norm(), found_inf, inverse),
         )
         vertical = VerticalSchedule(
-            engine, engine.backward, record.note_loss, module, parts.parameters, runtime, config.micro_batches
+            engine,
+            engine.backward,
+            record.note_loss,
+            module,
+            parts.parameters,
+            runtime,
+            config.micro_batches,
+            scaling.scaled,
         )
         values = Values(
-            module, parts.parameters, parts.layouts, access, gradients, stepper.counts, before_write, after_write
+            module, parts.parameters, parts.layouts, access, gradients, stepper, scaling, before_write, after_write
+        )
+        average = ShownAverage(
+            config.ema_decay is not None, parts.layouts, access, stepper, before_write, after_write, updates.spoilt
         )
         optimizer = EngineOptimizer(engine, spec, parts.groups)
-        state = RunState(module, parts.parameters, parts.device, stepper.counts, optimizer)
+        state = RunState(module, parts.parameters, parts.device, stepper.counts, optimizer, scaling)
         log = _open_log(parts, loop)
-        early = _open_early(parts, stepper, residency, optimizer, loop, log)
+
+        def facts() -> RunFacts:
+            return RunFacts(
+                parameters=parts.parameters,
+                layouts=parts.layouts,
+                optimizer=spec.describe(),
+                groups=[group["params"] for group in optimizer.param_groups],
+                buffers=state.buffers(),
+            )
+
+        checkpoints = Checkpoints(facts, access, state, updates, residency, journeys, loop)
+        early = _open_early(parts, stepper, residency, optimizer, loop, log, scaling)
         if early is not None:
             gradients.on_landing, gradients.on_complete = early.landing, early.complete
         takeover = Takeover(module, parts, access, bindings, runtime, log if config.resume else None)
@@ -152,14 +183,17 @@ def wire(
         residency=residency,
         gradients=gradients,
         stepper=stepper,
+        scaling=scaling,
         access=access,
         bindings=bindings,
         runtime=runtime,
         vertical=vertical,
         values=values,
+        average=average,
         optimizer=optimizer,
         state=state,
         log=log,
+        checkpoints=checkpoints,
         early=early,
         record=record,
         takeover=takeover,
@@ -200,6 +234,7 @@ def _open_early(
     optimizer: EngineOptimizer,
     loop: LoopThread,
     log: CommitLog | None,
+    scaling: LossScaling,
 ) -> EarlyUpdates | None:
     """What begins updates in backward, where the configuration lets it."""
     mode = parts.config.update
@@ -214,6 +249,7 @@ def _open_early(
         log,
         revocable=mode != "backward",
         only_if_usual=mode == "auto",
+        assumed_factor=lambda: scaling.expected_inverse,
     )
 
 

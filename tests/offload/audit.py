@@ -57,7 +57,7 @@ def ranges(value: Any) -> Iterator[tuple[int, int]]:
         array = np.frombuffer(value, dtype=np.uint8)
         yield array.ctypes.data, array.ctypes.data + array.nbytes
     elif isinstance(value, ChunkArrays):
-        for array in (value.param, value.low, value.grad, *value.states.values()):
+        for array in (value.param, value.record, value.grad):
             yield from ranges(array)
     elif isinstance(value, (list, tuple)):
         for one in value:

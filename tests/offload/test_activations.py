@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from offload import SGD, AdamW, OffloadConfig, OffloadEngine
-from offload.activations import SavedTensors
+from offload.activations import ActivationBudget, SavedTensors
 from offload.calls import UnitForward
 from offload.scheduler.devices import FakeDevice
 
@@ -225,8 +226,37 @@ def test_a_graph_from_before_a_step_is_refused_as_torch_does(activation_memory: 
         engine.step()
         engine.backward(unused)
         engine.optimizer.zero_grad()
-        with pytest.raises(RuntimeError, match=r"'layers\.0', whose parameters a step has changed"):
+        with pytest.raises(RuntimeError, match=r"'layers\.0', whose values were changed since this forward by step"):
             engine.backward(old)
         engine.optimizer.zero_grad()
         engine.backward(engine(x).square().mean())
         engine.step()
+
+
+class CheckpointedPairs(Stack):
+    """The user's own checkpoint around several calls of units."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in zip(self.layers[::2], self.layers[1::2], strict=True):
+            x = checkpoint(lambda x, first=first, second=second: second(torch.tanh(first(x))), x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("keeps", [(False, True), (True, False)])
+def test_a_checkpoint_around_calls_may_find_another_budget_when_it_computes_again(
+    keeps: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint counts what is saved inside it, so that must not hang on whether a call keeps its graph."""
+    forward = [True]
+    monkeypatch.setattr(ActivationBudget, "may_keep", lambda *_: keeps[0] if forward[0] else keeps[1])
+    x = torch.randn(4, 16, generator=torch.Generator().manual_seed(5))
+    plain = CheckpointedPairs()
+    plain(x).square().sum().backward()
+    config = OffloadConfig(device="cpu", host_memory="64MiB", activation_memory="1MiB", **FP32)
+    with OffloadEngine(CheckpointedPairs(), SGD(), config) as engine:
+        loss = engine(x).square().sum()
+        forward[0] = False
+        engine.backward(loss)
+        found = gradients_of(engine)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(found[name], parameter.grad), name  # type: ignore[arg-type]

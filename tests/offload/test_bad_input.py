@@ -72,7 +72,7 @@ def refused(
         ({"host_memory": 1.5}, [r"host_memory=1.5"]),
         ({"host_memory": None}, [r"host_memory=None"]),
         ({"device_memory": "lots"}, [r"device_memory='lots'", r'"900MB"']),
-        ({"dtype": torch.float16}, [r"dtype=torch.float16", r"bfloat16 or torch.float32"]),
+        ({"dtype": torch.float64}, [r"dtype=torch.float64", r"torch.float16 or torch.float32"]),
         ({"dtype": "bf16"}, [r"dtype='bf16'"]),
         ({"micro_batches": 0}, [r"micro_batches=0", r"int >= 1"]),
         ({"micro_batches": 1.0}, [r"micro_batches=1.0"]),
@@ -317,7 +317,7 @@ def test_trainable_parameter_that_is_not_float() -> None:
 def test_model_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = make()
-    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device .*load it first"):
+    with pytest.raises(ValueError, match=r"'0.weight' is on the meta device .*deferred_init"):
         OffloadEngine(model, AdamW(), OffloadConfig(**FP32))
 
 

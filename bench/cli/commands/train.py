@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rig", metavar="RIG", help="show each step's lower bound on this rig (offload probe --rig)")
     parser.add_argument("--resume", action="store_true", help="go on from the last committed step in --nvme")
     parser.add_argument("--overwrite", action="store_true", help="discard a run in --nvme that could be resumed")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="folder for checkpoints, each in step-NNNNNN")
+    parser.add_argument("--save-every", type=count(1), metavar="N", help="steps between them (default: at the end)")
+    parser.add_argument("--keep", type=count(1), metavar="K", help="how many stay in --save (default: all)")
+    parser.add_argument("--from", type=Path, dest="start", metavar="DIR", help="go on from a checkpoint, or the newest")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... or fake")
     parser.add_argument(
         "--dtype",
@@ -90,6 +94,10 @@ def run(arguments: argparse.Namespace) -> int:
         eval_batches=arguments.eval_batches,
         sample_bytes=arguments.sample_bytes,
         timeline=arguments.timeline,
+        save=arguments.save,
+        save_every=arguments.save_every,
+        keep=arguments.keep,
+        start=arguments.start,
     )
     with progress(steps=options.steps, quiet=arguments.quiet) as shown:
         report = train(options, shown.on_step, shown.on_phase)
