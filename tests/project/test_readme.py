@@ -56,7 +56,7 @@ def test_readme_names_only_targets_and_files_that_exist() -> None:
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_example_runs_and_learns(example: Path, tmp_path: Path) -> None:
     if "transformers" in example.read_text():
-        pytest.importorskip("transformers", reason="EXAMPLE NOT RUN: transformers is missing; make setup-dev installs it")
+        pytest.importorskip("transformers", reason="EXAMPLE NOT RUN: no transformers; make setup-dev installs it")
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run_script(example, tmp_path))]
     assert len(losses) >= 2
     assert losses[-1] < losses[0]
