@@ -17,7 +17,9 @@ from .scheduler.loop import LoopThread
 from .units import ParameterInfo, Unit
 from .update import AVERAGE
 
-_WINDOW_CHUNKS = 8  # filled and read together: as many as keep a drive busy
+_WINDOW_CHUNKS = 8  # filled together: as many as keep a drive busy
+WINDOW_NBYTES = 24 << 20
+"""Bytes that `ParameterAccess.parts` reads and holds together."""
 _EXCHANGE_NUMEL = 1 << 16  # elements that weights and average exchange at a time
 
 
@@ -38,6 +40,41 @@ class HostParameter:
     grad: Tensor | None = None
     states: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive elements of one tensor of a parameter.
+
+    Args:
+        state: the name of the state that they are of, or None for the parameter's own values.
+        values: flat, in the dtype that `read` gives.
+    """
+
+    info: ParameterInfo
+    state: str | None
+    values: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Where a part lies: positions [first, last) of its tensor's flat elements (bytes where frozen), in one chunk."""
+
+    chunk: Chunk
+    member: Member
+    state: str | None
+    first: int
+    last: int
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return self.last - self.first
+
+    @property
+    def space_nbytes(self) -> int:
+        """What it takes of a window, where all begin aligned."""
+        return -(-self.numel * self.dtype.itemsize // 64) * 64
 
 
 class ParameterAccess:
@@ -90,29 +127,44 @@ class ParameterAccess:
             stored(sum(layout.pieces[kind][n] for c in window for kind, n in c.pieces.items() if kind != "grad"))
 
     @torch.inference_mode(False)
-    def parts(self, layout: UnitLayout) -> Iterator[tuple[ParameterInfo, Tensor]]:
-        """A unit's values as `read` gives them, but in flat parts of a few MiB, each parameter's in order."""
-        for window in _windows(layout):
-            first = window[0].start
-            numel = window[-1].start + window[-1].numel - first
-            frozen = window[0].segment == "frozen"
-            values = torch.empty(numel, dtype=torch.uint8 if frozen else torch.float32)
+    def parts(
+        self,
+        layout: UnitLayout,
+        wanted: Collection[nn.Parameter] | None = None,
+        *,
+        states: bool = False,
+        settle: bool = True,
+    ) -> Iterator[Part]:
+        """A unit's values as `read` gives them, but in flat parts; each tensor's come in order.
+
+        All lie in one buffer of at most `WINDOW_NBYTES`, however large a parameter is: a part is good until the next.
+
+        Args:
+            wanted: the parameters whose values are given; None for all.
+            states: give their states too.
+            settle: as in `read`.
+        """
+        chosen = set(layout.by_parameter if wanted is None else wanted)  # a list would compare their values
+        windows = list(_part_windows(layout, chosen, states))
+        buffer = torch.empty(
+            max((sum(p.space_nbytes for p in window) for window in windows), default=0), dtype=torch.uint8
+        )
+        for window in windows:
+            parts, start = [], 0
+            for piece in window:
+                values = buffer[start : start + piece.numel * piece.dtype.itemsize].view(piece.dtype)
+                parts.append((piece, values))
+                start += piece.space_nbytes
             self._visit(
                 layout,
-                partial(_read_window, first=first, into=values),
+                partial(_read_parts, layout, parts=parts),
                 reads=("param", "frozen", "states"),
-                chunks=window,
+                chunks=list({id(piece.chunk): piece.chunk for piece in window}.values()),
+                settle=settle,
             )
-            for member in layout.members:
-                if member.segment == window[0].segment:
-                    nbytes = member.info.dtype.itemsize if frozen else 1
-                    start, stop = (
-                        max(member.start, first),
-                        min(member.start + member.info.numel * nbytes, first + numel),
-                    )
-                    if start < stop:
-                        part = values[start - first : stop - first]
-                        yield member.info, part.view(member.info.dtype) if frozen else part
+            for piece, values in parts:
+                info = piece.member.info
+                yield Part(info, piece.state, values.view(info.dtype) if piece.chunk.segment == "frozen" else values)
 
     @torch.inference_mode(False)
     def read_compute(self, parameter: nn.Parameter) -> Tensor:
@@ -251,6 +303,43 @@ def _windows(layout: UnitLayout) -> Iterator[list[Chunk]]:
         yield window
 
 
+def _part_windows(layout: UnitLayout, wanted: set[nn.Parameter], states: bool) -> Iterator[list[_Piece]]:
+    """What is read together. A chunk is read once, unless it alone is more than a window."""
+    window: list[_Piece] = []
+    nbytes = 0
+    for chunk in layout.chunks:
+        pieces = list(_pieces(layout, chunk, wanted, states))
+        together = sum(piece.space_nbytes for piece in pieces)
+        for number, piece in enumerate(pieces):
+            if window and nbytes + (piece.space_nbytes if number else min(together, WINDOW_NBYTES)) > WINDOW_NBYTES:
+                yield window
+                window, nbytes = [], 0
+            window.append(piece)
+            nbytes += piece.space_nbytes
+    if window:
+        yield window
+
+
+def _pieces(layout: UnitLayout, chunk: Chunk, wanted: set[nn.Parameter], states: bool) -> Iterator[_Piece]:
+    """All of a chunk, each piece a fraction of a window."""
+    most_nbytes = max(64, WINDOW_NBYTES // 8 // 64 * 64)
+    trainable = chunk.segment != "frozen"
+    for member, begin, end in layout.members_of(chunk):
+        if member.info.parameter in wanted:
+            dtype = torch.float32 if trainable else torch.uint8
+            step = most_nbytes // dtype.itemsize
+            for first in range(begin - member.start, end - member.start, step):
+                last = min(first + step, end - member.start)
+                for name in (None, *(layout.state_names if states and trainable else ())):
+                    yield _Piece(chunk, member, name, first, last, dtype)
+    for member in layout.members if states and trainable else ():
+        if member.segment == chunk.segment and member.info.parameter in wanted:
+            for slot in layout.slots_of(member.info.parameter):  # a segment with slots is one chunk
+                numel, step = torch.Size(slot.shape).numel(), most_nbytes // slot.dtype.itemsize
+                for first in range(0, numel, step):
+                    yield _Piece(chunk, member, slot.name, first, min(first + step, numel), slot.dtype)
+
+
 def _flat(values: Tensor, info: ParameterInfo) -> Tensor:
     """Raises: ValueError for values that cannot be those of the parameter."""
     same_class = values.dtype == info.dtype or (
@@ -302,9 +391,18 @@ def _store_value(member: Member, chunk: Chunk, arrays: ChunkArrays, first: int, 
         arrays.param[part] = values
 
 
-def _read_window(chunk: Chunk, arrays: ChunkArrays, first: int, into: Tensor) -> None:
-    """Full-precision values of a chunk (bytes where frozen), at its place in a window that begins at `first`."""
-    _join(chunk.segment, arrays, slice(None), into[chunk.start - first : chunk.start - first + chunk.numel])
+def _read_parts(layout: UnitLayout, chunk: Chunk, arrays: ChunkArrays, parts: Sequence[tuple[_Piece, Tensor]]) -> None:
+    for piece, values in parts:
+        if piece.chunk is not chunk:
+            continue
+        member, name = piece.member, piece.state
+        at = slice(member.start + piece.first - chunk.start, member.start + piece.last - chunk.start)
+        if name is None:
+            _join(chunk.segment, arrays, at, values)
+        elif name in arrays.states:
+            values.copy_(arrays.states[name][at])
+        else:
+            values.copy_(_slots(layout, member, arrays)[name].reshape(-1)[piece.first : piece.last])
 
 
 def _join(segment: str, arrays: ChunkArrays, part: slice, target: Tensor) -> None:

@@ -164,11 +164,16 @@ def _push_saved_tensor_hooks(hooks: tuple[tuple[Callable[..., Any], Callable[...
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def in_functional_transform() -> bool:
+    """Whether a torch.func transform runs; False where this torch does not say."""
+    return bool(getattr(torch._C, "_are_functorch_transforms_active", lambda: False)())
+
+
 def fixed_surroundings() -> tuple[Any, ...]:
     """What surrounds running code too and cannot be taken off and put back: code that changed it cannot be paused."""
     return (
         torch.is_inference_mode_enabled(),
-        torch._C._are_functorch_transforms_active(),
+        in_functional_transform(),
         torch._C._autograd._saved_tensors_hooks_is_enabled(),  # type: ignore[attr-defined]
         *map(id, _get_current_function_mode_stack()),
         *map(id, _get_current_dispatch_mode_stack()),

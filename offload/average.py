@@ -58,31 +58,36 @@ class ShownAverage:
         """See `OffloadEngine.averaged_weights`."""
         self.check_kept()
         self.check_hidden("averaged_weights()")
-        self._shown = True
         try:
-            if self._stepper.has_updated:  # until then the average is the weights themselves
+            self._shown = True
+            if self._stepper.average_begun:  # until then the average is the weights themselves
                 for layout in self._layouts:
                     if any(member.info.trainable for member in layout.members):
-                        self._exchange(layout)
-                        self._exchanged.append(layout)
+                        self._exchange(layout, self._exchanged.append)
             yield
         finally:
             self.hide()
 
     def hide(self) -> None:
         """The weights are the weights again, bit for bit. Nothing, where they are."""
-        while self._exchanged:
-            self._exchange(self._exchanged[-1])
-            self._exchanged.pop()
+        try:
+            while self._exchanged:
+                self._exchange(self._exchanged[-1], lambda _: self._exchanged.pop())
+        except BaseException as error:
+            self._spoilt(error)  # also between units: forwards would compute with weights here and averages there
+            raise
         self._shown = False
 
-    def _exchange(self, layout: UnitLayout) -> None:
+    def _exchange(self, layout: UnitLayout, note: Callable[[UnitLayout], object]) -> None:
+        """`note`: told when the unit is the other one. An interrupt may come at any place in here."""
         self._before_write(layout.unit.index)
         try:
-            self._access.exchange_average(layout)
+            try:
+                self._access.exchange_average(layout)
+                note(layout)
+            finally:
+                self._after_write(layout.unit.index, True)
         except BaseException as error:
             self._exchanged = []
             self._spoilt(error)
             raise
-        finally:
-            self._after_write(layout.unit.index, True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ActivationBudget, SavedTensors, used_outside
-from .ambient import Autocast, RandomState, replayed
+from .ambient import Autocast, RandomState, in_functional_transform, replayed
 from .carriers import Carriers, Mark, Saved, is_carrier
 from .scheduler.devices import Device
 from .staged import Staged
@@ -94,7 +94,7 @@ class UnitForward:
 
     @untraced
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if in_functional_transform():
             raise RuntimeError(
                 f"unit {self.site.name!r} was called inside a torch.func transform (vmap, grad, jacrev, ...), which "
                 "cannot look into the engine; take gradients with engine.backward(loss) or torch.autograd.grad, or "
@@ -106,7 +106,7 @@ class UnitForward:
         where = f"the call of {self.site.name!r}"
         leaves, rebuild = flatten((args, tuple(kwargs.values())), where, is_carrier)
         carriers = Carriers.of_call(leaves, self.site.module)
-        carried = [tensor for tensor in carriers.tensors(where) if id(tensor) not in self.own]
+        carried = [tensor for tensor in carriers.tensors(where) if id(tensor) not in self.own and not _is_spent(tensor)]
         if not self.trainable and not any(tensor.requires_grad for tensor in [*tensors_of(leaves), *carried]):
             return self._without_graph(args, kwargs)
         inputs = list({id(tensor): tensor for tensor in [*tensors_of(leaves), *carried]}.values())
@@ -165,10 +165,11 @@ class Call:
     ) -> None:
         self.forward = forward
         self.kept: Kept | None = None  # first: what follows may raise, and `__del__` runs all the same
+        self._recomputing = False
         self.visited = True  # until the engine has been told of the call: a failure before that owes it nothing
         self.boundary_nbytes = 0
         self.turn = Turn(0, None)
-        mark = _marking(inputs)  # tensors are kept by autograd, which checks versions
+        mark = _without_spent(_marking(inputs))  # tensors are kept by autograd, which checks versions
         self.leaves = [None if n in carriers.roots else mark(leaf) for n, leaf in enumerate(leaves)]
         self.keywords = keywords
         self.carriers = carriers.copy(mark)
@@ -325,6 +326,13 @@ class Call:
     ) -> list[Tensor]:
         """Compute again from `tensors`, then backward. Returns the inputs with their gradients."""
         host = self.forward.host
+        if self._recomputing:
+            raise RuntimeError(
+                f"backward through unit {self.forward.site.name!r} came back to the same call: a tensor with a graph "
+                "was put into an attribute of the unit before the call, where it is taken for what the unit left; pass "
+                "it as an argument, or in a list or dict (torch.nn.utils.parametrizations for weight_norm and the like)"
+            )
+        self._recomputing = True
         with host.hold(self.forward.site, recompute=True), replayed(self.random, host.device), self.buffers_as_before():
             inputs = [_as_input(tensor) for tensor in tensors]
             carriers = self.carriers.copy(_unmarking(inputs))
@@ -336,6 +344,7 @@ class Call:
             del leaves, left, carriers
             self.compare(results)
             _backward(results, gradients, inputs, accumulate)
+        self._recomputing = False
         return inputs
 
     @contextlib.contextmanager
@@ -489,6 +498,23 @@ def frozen_as_before(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in since:
             parameter.requires_grad_(True)
+
+
+def _is_spent(tensor: Tensor) -> bool:
+    """Whether a call left the tensor somewhere and has had its backward: there is no graph to go on from any more."""
+    call = getattr(tensor.grad_fn, "call", None)
+    return isinstance(call, Call) and call.visited
+
+
+def _without_spent(mark: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`mark`, and values in the place of spent tensors: what a unit leaves in a list of its own would otherwise tie
+    each call's graph to the one before."""
+
+    def swap(value: Any) -> Any:
+        marked = mark(value)
+        return marked.detach() if isinstance(marked, Tensor) and _is_spent(marked) else marked
+
+    return swap
 
 
 def _marking(tensors: Sequence[Tensor]) -> Callable[[Any], Any]:

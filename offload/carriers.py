@@ -9,6 +9,7 @@ touched then, and nothing refers from the graph to a carrier that refers to the 
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -69,14 +70,23 @@ class Carriers:
     def of_call(cls, leaves: Iterable[Any], module: nn.Module) -> Carriers:
         """What a call of `module` with these arguments can reach."""
         roots: dict[Hashable, Any] = {n: leaf for n, leaf in enumerate(leaves) if is_carrier(leaf)}
-        for part in module.modules():
-            for name, value in vars(part).items():
-                if (type(value) is list or type(value) in _DICTS) and name not in _INTERNAL:
-                    roots[part, name] = value
+        roots.update(cls.of_attributes(module).roots)
         outputs = collector()
         if outputs:
             roots[_COLLECTOR] = outputs
         return cls(roots)
+
+    @classmethod
+    def of_attributes(cls, module: nn.Module) -> Carriers:
+        """The lists and dicts that `module` and its parts have as attributes."""
+        return cls(
+            {
+                (part, name): value
+                for part in module.modules()
+                for name, value in vars(part).items()
+                if (type(value) is list or type(value) in _DICTS) and name not in _INTERNAL
+            }
+        )
 
     def walk(self) -> Iterator[Any]:
         """Every carrier that the roots reach, each once, in an order that depends on their structure only."""
@@ -164,6 +174,14 @@ class Saved:
     def __init__(self, contents: Sequence[tuple[Any, Any]] = ()) -> None:
         self._contents = contents
 
+    def is_as_it_was(self) -> bool:
+        """Whether every carrier still holds the same tensors, and the same carriers."""
+        return all(
+            len(now := _tensors_and_more(_values(carrier))) == len(then := _tensors_and_more(_values(contents)))
+            and all(map(operator.is_, now, then))
+            for carrier, contents in self._contents
+        )
+
     def restore(self, swap: Callable[[Any], Any]) -> None:
         """Give every carrier its contents again, with `swap` applied."""
         for carrier, contents in self._contents:
@@ -176,6 +194,11 @@ def _contents(carrier: Any, swap: Callable[[Any], Any]) -> Any:
         return [swap(item) for item in carrier]
     items = carrier if isinstance(carrier, dict) else vars(carrier)
     return {key: swap(item) for key, item in items.items()}
+
+
+def _tensors_and_more(values: Iterable[Any]) -> list[Any]:
+    """Those of `values` that are tensors or may hold some; numbers and names are left out."""
+    return [value for value in values if isinstance(value, (Tensor, tuple)) or is_carrier(value)]
 
 
 def _values(carrier: Any) -> list[Any]:

@@ -20,6 +20,7 @@ from .loss_scale import LossScaling
 from .scheduler.devices import Device
 from .scheduler.loop import LoopThread
 from .scheduler.storage import NEEDED_AT_COMMIT
+from .step import Stepper
 from .store import Store
 from .units import ParameterInfo
 from .values import persistent_buffers
@@ -186,7 +187,7 @@ class RunState:
     tracked objects.
 
     Args:
-        counts: updates so far, by trainable parameter.
+        stepper: knows the updates so far by trainable parameter, and whether the average has begun.
         scaling: the loss scale.
     """
 
@@ -195,7 +196,7 @@ class RunState:
         module: nn.Module,
         parameters: Sequence[ParameterInfo],
         device: Device,
-        counts: dict[nn.Parameter, int],
+        stepper: Stepper,
         optimizer: torch.optim.Optimizer,
         scaling: LossScaling,
     ) -> None:
@@ -203,7 +204,8 @@ class RunState:
         self._scaling = scaling
         self._parameters = parameters
         self._device = device
-        self._counts = counts
+        self._stepper = stepper
+        self._counts = stepper.counts
         self._optimizer = optimizer
         self._tracked: list[Any] = []
         self._saved: dict[int, Any] = {}
@@ -214,6 +216,7 @@ class RunState:
         return {
             "step": step,
             "counts": {info.name: self._counts[info.parameter] for info in self._parameters if info.trainable},
+            "average_begun": self._stepper.average_begun,
             "random": {
                 "torch": torch.get_rng_state(),
                 "device": self._device.rng_state(),
@@ -253,6 +256,8 @@ class RunState:
         for info in self._parameters:
             if info.trainable:
                 self._counts[info.parameter] = state["counts"][info.name]
+        # an older version has begun with the first count
+        self._stepper.average_begun = state.get("average_begun", any(self._counts.values()))
         self._groups = state["groups"]
         torch.set_rng_state(state["random"]["torch"])
         self._device.set_rng_state(state["random"]["device"])

@@ -79,8 +79,8 @@ class OffloadEngine(EngineValues):
         self.module = module
         if isinstance(module, OffloadEngine) or is_taken_over(module):
             raise ValueError(
-                "the module has been wrapped by an engine, and a module can be wrapped once; build a new one and load "
-                "engine.state_dict() into it"
+                "the module, or a parameter of it, has been wrapped by an engine, and that can be done once; build a "
+                "new one and load engine.state_dict() into it"
             )
         if not isinstance(optimizer, OptimizerSpec):
             name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
@@ -232,8 +232,16 @@ class OffloadEngine(EngineValues):
             self._record.forget_evaluation()
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """`loss.backward(**kwargs)`, scaled by `loss_scale` if there is one; the loss is noted for `StepInfo`."""
+        """`loss.backward(**kwargs)`, scaled by `loss_scale` if there is one; the loss is noted for `StepInfo`.
+
+        Raises: ValueError for `inputs=` beside a `loss_scale`, which would stay in their gradients.
+        """
         self._enter()
+        if kwargs.get("inputs") is not None and self._scaling.scale is not None:
+            raise ValueError(
+                f"engine.backward(inputs=...) with loss_scale={self.config.loss_scale!r} would leave the scale in the "
+                "gradients of the inputs; call torch.autograd.grad(loss, inputs)"
+            )
         self._average.check_hidden("backward()")
         self._scaling.scaled(loss).backward(**kwargs)
         self._record.note_loss(loss)
@@ -250,8 +258,10 @@ class OffloadEngine(EngineValues):
         called, and that is all that the caller's generators show of it: numbers are the same for every placement.
 
         Where micro-batches cannot take turns they run one after another, with the same results, and a warning says so:
-        where forward changes buffers or attributes of modules (batch norm), or where micro-batches call units in
-        different orders. The inputs of all unit calls of all micro-batches are kept until backward.
+        where forward changes buffers or attributes of modules (batch norm), or which tensors their lists and dicts
+        hold, or where micro-batches call units in different orders. What a forward leaves elsewhere (in globals, in
+        objects that modules have, in what hooks collect) is not seen, and may not go from one call of a unit to
+        another. The inputs of all unit calls of all micro-batches are kept until backward.
 
         Args:
             batches: micro-batches, at most `micro_batches`; fewer make a shorter last step. A tensor is passed as
@@ -369,6 +379,9 @@ class OffloadEngine(EngineValues):
             return
         self._runtime.end_passes()
         self._runtime.look_for_failed_backward()
+        if self._runtime.broken:
+            with contextlib.suppress(Exception):  # what still lands may begin an update; what fails to land is dropped
+                self._gradients.wait()
         if self._runtime.broken and self._early is not None and not self._early.can_take_back:
             self._keep_early()
         else:
@@ -406,10 +419,12 @@ class OffloadEngine(EngineValues):
         self._state.track(objects)
 
     def flush(self) -> None:
-        """Commit the last step now, whatever the interval, and block until it is durable. Nothing without a store."""
+        """Block until all that is under way is on the drive: a save in the background, and, with a durable store, the
+        last step, which is committed now, whatever the interval. Raises: CheckpointFailed if that save broke off."""
         self._check_open()
         self._average.check_hidden("flush()")
         self._flush()
+        self._checkpoints.wait()
 
     def _flush(self) -> None:
         self._take_back_early()
@@ -447,10 +462,11 @@ class OffloadEngine(EngineValues):
             data: where the loop is in its data, or anything else of numbers, strings, lists, dicts and tensors.
             keep: how many checkpoints stay in `directory`; the oldest go once the new one is on the drive.
             background: return at once. Units are copied behind training; an update waits until its unit is. A save
-                that fails is raised by the next forward, step, save or `close`, which also waits for it.
+                that fails is raised by the next forward, step, save, `flush` or `close`; the last three wait for it.
             frozen: False leaves out frozen parameters, whose checksums are compared with the model's at `resume`.
 
-        Raises: RuntimeError in the middle of a step; CheckpointError, OSError; CheckpointFailed for the save before.
+        Raises: RuntimeError in the middle of a step; CheckpointError, OSError; CheckpointFailed for the save before, or
+            if this one is there and whole, but older ones could not be removed.
         """
         self._check_between_steps("save")
         return self._checkpoints.save(
@@ -479,6 +495,7 @@ class OffloadEngine(EngineValues):
     def _check_between_steps(self, what: str, drop: bool = False) -> None:
         self._check_open()
         self._average.check_hidden(f"{what}()")
+        self._bindings.look_for_edits()
         self._runtime.look_for_failed_backward()
         if self._runtime.computing or (self._runtime.accumulating and not drop):
             raise RuntimeError(
@@ -547,7 +564,7 @@ class OffloadEngine(EngineValues):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosed("the engine is closed; build a new OffloadEngine to go on")
+            raise EngineClosed("the engine is closed; build a new model and a new OffloadEngine around it to go on")
         failure = self._updates.failure
         if failure is not None:
             first = self._updates.report()
@@ -579,8 +596,6 @@ class OffloadEngine(EngineValues):
         """A backward with update="backward" has raised: what it has updated stays so, as with a torch optimizer that
         steps in hooks."""
         assert self._early is not None
-        with contextlib.suppress(Exception):  # gradients that are dropped may have failed to land
-            self._gradients.wait()
         made, parameters = self._early.keep_begun()
         for parameter in parameters:
             self._stepper.counts[parameter] += 1

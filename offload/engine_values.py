@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -61,7 +61,9 @@ class EngineValues(ABC):
             patterns: `fnmatch` patterns on parameter names, e.g. "blocks.0.*".
             write: whether values, states and gradients edited inside are written back at the end.
 
-        Raises: KeyError if a pattern matches nothing. An exception inside leaves everything as it was.
+        Raises: KeyError if a pattern matches nothing, and for states of other names; ValueError for other shapes. They
+            and an exception inside leave everything as it was. What breaks off the writing itself, such as OSError
+            from the store, leaves an engine that is of no more use.
         """
         self._check_open()
         self._bindings.look_for_edits()
@@ -88,23 +90,36 @@ class EngineValues(ABC):
         """Set parameters and buffers from `state_dict`, unit by unit; optimizer states stay.
 
         Raises: KeyError for missing and unexpected names (if `strict`), ValueError for shapes that differ; nothing is
-        written then.
+            written then. Anything else that comes in between, such as OSError from the store, after which the engine
+            is of no more use.
         """
         self._check_open()
         self._average.check_hidden("load_state_dict()")
+        self._take_back_early()
         self._values.load_state_dict(state_dict, strict)
 
-    def averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Inside, the model computes with the moving average of its weights (`OffloadConfig(ema_decay=...)`).
 
-        For evaluation: forwards, `state_dict`, `gather` without write. Training, saving and writing are refused. At
+        For evaluation: forwards, `state_dict`, `gather` without write. Training, saving and writing are refused;
+        `save_pretrained` writes the average. At
         the end the weights are back in every bit, also after an exception. Each unit is read and written once on the
         way in and once on the way out; buffers are those of the model.
 
         Raises: RuntimeError where no average is kept, and inside another such block.
         """
         self._check_open()
-        return self._average.show()
+        with self._average.show():
+            before = self._runtime.refuse_backward
+            self._runtime.refuse_backward = (
+                "a backward inside averaged_weights(), whose gradients would be those of the average; leave the block "
+                "first"
+            )
+            try:
+                yield
+            finally:
+                self._runtime.refuse_backward = before
 
     def ema_state_dict(self) -> dict[str, Tensor]:
         """`state_dict()` with the moving average in the place of trainable parameters; before the first update the
@@ -120,8 +135,11 @@ class EngineValues(ABC):
         return self._values.states()
 
     def write_states(self, states: Mapping[nn.Parameter, TorchState]) -> None:
-        """Replace optimizer states and step counts, unit by unit (`optimizer.load_state_dict`)."""
+        """Replace optimizer states and step counts, unit by unit (`optimizer.load_state_dict`). A moving average stays
+        as it is; one that has not begun is still the weights. Raises: as `load_state_dict`."""
         self._check_open()
+        self._average.check_hidden("optimizer.load_state_dict()")
+        self._take_back_early()
         self._values.write_states(states)
 
     def names(self) -> dict[nn.Parameter, str]:
@@ -133,7 +151,8 @@ class EngineValues(ABC):
     ) -> None:
         """Write the weights as they are now as a folder in Hugging Face's layout, part by part, in a few MiB of memory.
 
-        The folder appears whole or not at all; other files that are in it (a tokenizer's) stay.
+        The folder appears whole or not at all; other files that are in it (a tokenizer's) stay. Inside
+        `averaged_weights()` it is the average that is written.
 
         Args:
             path: the folder; weights and configuration in it are replaced.
@@ -143,8 +162,8 @@ class EngineValues(ABC):
         Raises: ValueError for arguments that cannot work; OSError, after which the folder is what it was.
         """
         self._check_open()
+        self._bindings.look_for_edits()
         self._take_back_early()
-        self._residency.settle()
         save_pretrained(Path(path), self.module, self._parts.layouts, self._access.parts, dtype, max_shard_size)
 
     # -- around what others read and write

@@ -53,6 +53,11 @@ class GradientInEngine(Tensor):
 _HARMLESS = {"__get__", "__set__", "__repr__", "size", "dim", "numel", "__hash__", "is_floating_point", "__len__"}
 
 
+def is_guarded(parameter: nn.Parameter) -> bool:
+    """Whether an engine has the parameter's values."""
+    return "__reduce_ex__" in vars(parameter)
+
+
 class Guards:
     """Puts the guards on a module tree and takes them off.
 

@@ -47,9 +47,11 @@ class LossScaling:
 
     Args:
         setting: see `OffloadConfig.loss_scale`.
+        updates_in_backward: units are updated before a `GradScaler` can have unscaled anything.
     """
 
-    def __init__(self, setting: str | float | DynamicLossScale | None) -> None:
+    def __init__(self, setting: str | float | DynamicLossScale | None, updates_in_backward: bool = False) -> None:
+        self._updates_in_backward = updates_in_backward
         self._rule = DynamicLossScale() if setting == "dynamic" else setting
         self._scale: float | None = None
         if isinstance(self._rule, DynamicLossScale):
@@ -88,8 +90,13 @@ class LossScaling:
     def unscale(self, norm: float, found_inf: Tensor, inverse: Tensor) -> None:
         """A `GradScaler` unscales: note its factor, and tell it whether `norm`, of all gradients, is finite.
 
-        Raises: RuntimeError where a scale is built in.
+        Raises: RuntimeError where a scale is built in, and where updates begin in backward for good.
         """
+        if self._updates_in_backward:
+            raise RuntimeError(
+                'a GradScaler unscales gradients that update="backward" has used already, with its scale in them; '
+                'build the engine anew with update="next_forward" or "speculative"'
+            )
         if self._scale is not None:
             raise RuntimeError(
                 f"a GradScaler unscales gradients whose loss the engine has scaled already (loss_scale={self._rule!r})"

@@ -46,6 +46,10 @@ class Stepper:
     Args:
         parameters: all of them, in the order of names in which norms are summed.
         average_decay: of the moving average of the weights, or None for none.
+
+    Attributes:
+        average_begun: whether the stored averages are meant. Until the first update they are not: the average is the
+            weights themselves, whatever counts somebody has loaded.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Stepper:
         self._layouts = layouts
         self._gradients = gradients
         self.counts = {info.parameter: 0 for info in parameters if info.trainable}
+        self.average_begun = False
 
     def norm(self) -> float:
         """Global 2-norm of the gradients accumulated so far. Blocks until they have all come home."""
@@ -142,17 +147,13 @@ class Stepper:
             return None
         return UnitUpdate(self._spec, layout, mine, grad_scale, average_weight)
 
-    @property
-    def has_updated(self) -> bool:
-        """Whether any parameter has been updated yet."""
-        return any(self.counts.values())
-
     def _average_weight(self) -> float:
         """The first update makes the average the weights themselves, as `torch.optim.swa_utils.AveragedModel` does."""
         assert self._average_decay is not None
-        return 1.0 - self._average_decay if self.has_updated else 1.0
+        return 1.0 - self._average_decay if self.average_begun else 1.0
 
     def book(self, prepared: Prepared) -> None:
-        """The parameters of a prepared update age by one step."""
+        """The parameters of a prepared update age by one step; all averages take in their weights."""
+        self.average_begun = True
         for parameter in prepared.parameters:
             self.counts[parameter] += 1

@@ -13,7 +13,7 @@ from .assembly import Assembly
 from .bindings import Bindings
 from .calls import UnitForward
 from .durable import CommitLog
-from .guards import Guards
+from .guards import Guards, is_guarded
 from .hostheap import trim_heap
 from .layout import UnitLayout
 from .runtime import CallRuntime
@@ -25,8 +25,10 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # nobody calls them
 
 
 def is_taken_over(module: nn.Module) -> bool:
-    """Whether an engine has taken over `module` or a part of it."""
-    return any(isinstance(part.forward, (UnitForward, PassForward)) for part in module.modules())
+    """Whether an engine has taken over `module`, a part of it, or a parameter of it."""
+    return any(isinstance(part.forward, (UnitForward, PassForward)) for part in module.modules()) or any(
+        is_guarded(parameter) for parameter in module.parameters()
+    )
 
 
 class PassForward:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from .kernels.gradient import copy_, scale_
 from .layout import StateSlot
 from .optimizers import GroupRule, WholeParameterSpec
+from .torch_states import HOW_NOT_WHAT
 from .units import ParameterInfo
 
 PROBE_NUMEL = 1 << 16  # parameters up to this size are stood in for by one of their own shape
 _SMALL = 64
 _NUMBERS = {bool: torch.bool, int: torch.int64, float: torch.float64}
-_NO_NUMBERS = {"foreach", "fused", "capturable", "differentiable"}  # how a class computes, not what
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ class TorchOptimizer(WholeParameterSpec):
         return TorchScalars(copy.deepcopy(self._settings(group)), step == 1)
 
     def describe(self) -> dict[str, Any]:
-        settings = {k: _plain(v) for k, v in self._defaults.items() if k not in _NO_NUMBERS}
+        settings = {k: _plain(v) for k, v in self._defaults.items() if k not in HOW_NOT_WHAT}
         name = f"{self._class.__module__}.{self._class.__qualname__}"
         return {"name": name, "states": [], "settings": settings if self.groups is None else {}}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_HOW_NOT_WHAT = {"foreach", "fused", "capturable", "differentiable"}
+HOW_NOT_WHAT = {"foreach", "fused", "capturable", "differentiable"}
 """Settings that choose how torch computes an update; they change no formula."""
 
 
@@ -60,7 +60,7 @@ def read_groups(
 def _settings(group: Mapping[str, Any], ours: Mapping[str, Any], optimizer: str, number: int) -> dict[str, Any]:
     found = {}
     for key, value in group.items():
-        if key in _HOW_NOT_WHAT or key in ("params", "param_names"):
+        if key in HOW_NOT_WHAT or key in ("params", "param_names"):
             continue
         if key == "decoupled_weight_decay" and key not in ours:
             if bool(value) != (optimizer == "AdamW") and optimizer in ("Adam", "AdamW"):
@@ -73,7 +73,7 @@ def _settings(group: Mapping[str, Any], ours: Mapping[str, Any], optimizer: str,
                 raise ValueError(f"parameter group {number} has amsgrad=True, which {optimizer} does not offer")
         else:
             found[key] = float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
-    missing = sorted(set(ours) - set(found) - _HOW_NOT_WHAT - {"params", "param_names", "initial_lr"})
+    missing = sorted(set(ours) - set(found) - HOW_NOT_WHAT - {"params", "param_names", "initial_lr"})
     if missing:
         raise ValueError(
             f"parameter group {number} of the state dict has no {missing[0]!r}; it is of another optimizer than "

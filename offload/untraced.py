@@ -12,12 +12,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_NEEDED = (
+    "get_eval_frame_callback",
+    "set_eval_frame",
+    "set_code_exec_strategy",
+    "_FrameExecStrategy",
+    "_FrameAction",
+)  # of torch 2.13; where one is gone, the slower way is taken
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, called by compiled code as it is. What is compiled by itself, inside of it, stays compiled.
 
     `torch.compiler.disable` does the same and loads the compiler for it, 150 MB of resident memory, in every process.
     """
     frames = torch._C._dynamo.eval_frame
+    if not all(hasattr(frames, name) for name in _NEEDED):
+        return torch.compiler.disable(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -28,6 +28,7 @@ class Values:
         scaling: what gradients are shown without.
         before_write: called with a unit's index before its values change (evicts copies, waits for commits).
         after_write: called with it when they have, and with whether forwards compute with other values now.
+        spoilt: told when a write broke off that had begun, after which values are half the old and half the new.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Values:
         scaling: LossScaling,
         before_write: Callable[[int], None],
         after_write: Callable[[int, bool], None],
+        spoilt: Callable[[BaseException], None],
     ) -> None:
         self._module = module
         self._infos = {info.parameter: info for info in parameters}
@@ -52,6 +54,8 @@ class Values:
         self._scaling = scaling
         self._before_write = before_write
         self._after_write = after_write
+        self._spoilt = spoilt
+        self._has_written = False
         self._full: dict[nn.Parameter, Tensor] | None = None
 
     @contextlib.contextmanager
@@ -66,6 +70,7 @@ class Values:
         gathered: dict[str, HostParameter] = {}
         chosen: list[tuple[UnitLayout, dict[nn.Parameter, HostParameter]]] = []
         before: dict[nn.Parameter, int] = {}
+        averages: dict[nn.Parameter, int] = {}
         for layout in self._layouts:
             wanted = [p for p in layout.by_parameter if self._matches(self._infos[p], patterns)]
             if wanted:
@@ -75,12 +80,44 @@ class Values:
                 chosen.append((layout, values))
                 if write:
                     before.update((parameter, _digest(value.value)) for parameter, value in values.items())
+                    averages.update(self._digests_of_averages(values))
         yield gathered
         if write:
             for layout, values in chosen:
-                edited = any(_digest(value.value) != before[parameter] for parameter, value in values.items())
-                self._write(layout, values, edited)
-            self._gradients.forget_norms()
+                self._check_fits(layout, values)
+            with self._writing():
+                after = {p: digest for _, values in chosen for p, digest in self._digests_of_averages(values).items()}
+                if any(digest != averages.get(parameter, digest) for parameter, digest in after.items()):
+                    self._begin_average()
+                for layout, values in chosen:
+                    edited = any(_digest(value.value) != before[parameter] for parameter, value in values.items())
+                    self._write(layout, values, edited)
+                self._gradients.forget_norms()
+
+    def _digests_of_averages(self, values: Mapping[nn.Parameter, HostParameter]) -> dict[nn.Parameter, int]:
+        """Of averages that have not begun: one that is edited begins all of them."""
+        if self._stepper.average_begun:
+            return {}
+        return {p: _digest(host.states[AVERAGE]) for p, host in values.items() if AVERAGE in host.states}
+
+    def _begin_average(self) -> None:
+        """Store the weights as the averages that they stand for."""
+        for layout in self._layouts:
+            values = self._read(layout, [p for p in layout.by_parameter if p in self._counts], set())
+            if values:
+                self._write(layout, values, edited=False)
+        self._stepper.average_begun = True
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around the writes to all units that belong together: one that breaks off leaves values of two kinds."""
+        self._has_written = False
+        try:
+            yield
+        except BaseException as error:
+            if self._has_written:
+                self._spoilt(error)
+            raise
 
     def _matches(self, info: ParameterInfo, patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for name in info.names for pattern in patterns)
@@ -93,21 +130,18 @@ class Values:
             value.step = self._counts.get(parameter, 0)
             if value.grad is not None:
                 value.grad.mul_(self._scaling.inverse)
-            if AVERAGE in value.states and not self._stepper.has_updated:
-                value.states[AVERAGE].copy_(value.value)  # until the first update it is the weights themselves
+            if AVERAGE in value.states and not self._stepper.average_begun:
+                value.states[AVERAGE].copy_(value.value)  # until it begins it is the weights themselves
         return values
 
     def _write(self, layout: UnitLayout, values: dict[nn.Parameter, HostParameter], edited: bool) -> None:
         """`edited`: forwards from here on compute with other values, rather than only the next step."""
-        self._check_states(layout, values)
         self._before_write(layout.unit.index)
-        has_updated = self._stepper.has_updated
         try:
             for value in values.values():
                 if value.grad is not None:
                     value.grad.div_(self._scaling.inverse)
-                if AVERAGE in value.states and not value.step and not has_updated:
-                    value.states[AVERAGE].copy_(value.value)
+            self._has_written = True
             self._access.write(layout, values)
             for parameter, value in values.items():
                 if parameter in self._counts:
@@ -115,7 +149,8 @@ class Values:
         finally:
             self._after_write(layout.unit.index, edited)
 
-    def _check_states(self, layout: UnitLayout, values: Mapping[nn.Parameter, HostParameter]) -> None:
+    def _check_fits(self, layout: UnitLayout, values: Mapping[nn.Parameter, HostParameter]) -> None:
+        """Before anything is written. Raises: KeyError, ValueError."""
         for parameter, value in values.items():
             known = {*layout.state_names, *(slot.name for slot in layout.slots_of(parameter))}
             unknown = sorted(set(value.states) - known)
@@ -123,6 +158,15 @@ class Values:
                 raise KeyError(
                     f"{value.name!r} was given the state {unknown[0]!r}; this run keeps {sorted(known) or 'none'}"
                 )
+            blank = self._access.blank(layout, parameter)
+            found = {"value": value.value, **({} if value.grad is None else {"grad": value.grad}), **value.states}
+            expected = {"value": blank.value, "grad": blank.value, **blank.states}
+            for what, tensor in found.items():
+                if tensor.shape != expected[what].shape:
+                    raise ValueError(
+                        f"{what} of {value.name!r} was given shape {tuple(tensor.shape)}, it is "
+                        f"{tuple(expected[what].shape)}; edit it in place"
+                    )
 
     def states(self) -> dict[nn.Parameter, HostParameter]:
         """All trainable parameters with their optimizer states."""
@@ -140,20 +184,21 @@ class Values:
             for parameter in layout.by_parameter:
                 if parameter in states:
                     self._check_torch_state(self._access.blank(layout, parameter), states[parameter])
-        for layout in self._layouts:
-            values = self._read(layout, [p for p in layout.by_parameter if p in states], set())
-            for parameter, host in values.items():
-                found = states[parameter]
-                host.step = found.step
-                for kind, state in host.states.items():
-                    if kind in found.states:
-                        state.copy_(found.states[kind])
-                    elif kind == "step":
-                        state.fill_(found.step)
-                    elif kind != AVERAGE:
-                        state.zero_()
-            if values:
-                self._write(layout, values, edited=False)
+        with self._writing():
+            for layout in self._layouts:
+                values = self._read(layout, [p for p in layout.by_parameter if p in states], set())
+                for parameter, host in values.items():
+                    found = states[parameter]
+                    host.step = found.step
+                    for kind, state in host.states.items():
+                        if kind in found.states:
+                            state.copy_(found.states[kind])
+                        elif kind == "step":
+                            state.fill_(found.step)
+                        elif kind != AVERAGE:
+                            state.zero_()
+                if values:
+                    self._write(layout, values, edited=False)
 
     def _check_torch_state(self, host: HostParameter, found: TorchState) -> None:
         unknown = sorted(set(found.states) - set(host.states))
@@ -173,7 +218,7 @@ class Values:
     def state_dict(self, averaged: bool = False) -> dict[str, Tensor]:
         """The module's state dict with fp32 masters, or their averages in their place, read unit by unit."""
         full: dict[nn.Parameter, Tensor] = {}
-        averaged = averaged and self._stepper.has_updated
+        averaged = averaged and self._stepper.average_begun
         for layout in self._layouts:
             for parameter, host in self._access.read(layout, list(layout.by_parameter), states=averaged).items():
                 full[parameter] = host.states.get(AVERAGE, host.value) if averaged else host.value
@@ -193,14 +238,14 @@ class Values:
         """See `OffloadEngine.load_state_dict`."""
         buffers = dict(self._module.named_buffers())
         self._check_fit(state_dict, buffers, strict)
-        for layout in self._layouts:
-            chosen = {p: self._entry(self._infos[p], state_dict) for p in layout.by_parameter}
-            values = self._read(layout, [p for p, value in chosen.items() if value is not None], set())
-            for parameter, host in values.items():
-                host.value.copy_(chosen[parameter])  # type: ignore[arg-type]
-            if values:
-                self._write(layout, values, edited=True)
-        with torch.no_grad():
+        with self._writing(), torch.no_grad():
+            for layout in self._layouts:
+                chosen = {p: self._entry(self._infos[p], state_dict) for p in layout.by_parameter}
+                values = self._read(layout, [p for p, value in chosen.items() if value is not None], set())
+                for parameter, host in values.items():
+                    host.value.copy_(chosen[parameter])  # type: ignore[arg-type]
+                if values:
+                    self._write(layout, values, edited=True)
             for name in set(buffers) & set(state_dict):
                 buffers[name].copy_(state_dict[name])
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .ambient import RandomState, Surroundings, fixed_surroundings
 from .calls import named_buffer_slots
+from .carriers import Carriers
 from .runtime import CallRuntime
 from .turns import Round, Turn
 from .units import CallSite, ParameterInfo
@@ -136,7 +137,11 @@ class VerticalSchedule:
         """Returns whether the step's backwards were made. If not, nothing was done that lasts."""
         before = ModuleState(self._module, self._by_value())
         with self._runtime.taking_turns(len(streams)):
-            losses = Forwards(self._runtime, loss_of, streams, before, self._give_up).run()
+            try:
+                losses = Forwards(self._runtime, loss_of, streams, before, self._give_up).run()
+            except Exception:
+                if before.look():
+                    raise  # else it may come of what one forward has found of another, and they get another try
             changed = before.changed_beside(self._runtime.stashed)
             if changed is None:
                 torch.autograd.backward([self._scaled(loss) for loss in losses])
@@ -260,6 +265,8 @@ class Forwards:
         if fixed_surroundings() != self._fixed:
             self._irregular(f"{site.name!r} is called inside of a mode that cannot be left for a while")
             return
+        if not self._before.look():
+            return  # what this forward has put into a list must not be seen by others: it goes on to its end
         forward.site = site
         forward.surroundings = Surroundings.capture(self._device)
         self._caller.switch()
@@ -280,7 +287,8 @@ class Forwards:
 class ModuleState:
     """Buffers and attributes of all modules below `module`, to notice and to undo what a forward changes.
 
-    Attributes are compared by identity (simple values by value), so what a module does to its own lists is not seen.
+    Attributes are compared by identity (simple values by value), lists and dicts among them by the tensors that they
+    hold, also each time that a micro-batch waits (`look`): what one leaves there another would find.
 
     Args:
         by_value: whether buffers are compared by value; else by object and version, which some operators bypass.
@@ -291,10 +299,17 @@ class ModuleState:
         self._attributes = [(name, part, dict(vars(part))) for name, part in module.named_modules()]
         self._of = {part: attributes for _, part, attributes in self._attributes}
         self._owners = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+        self._contents = Carriers.of_attributes(module).save(lambda held: held)
+        self._held = True
         self._buffers = [
             (name, owner, key, buffer, _version(buffer), buffer.detach().clone())
             for name, owner, key, buffer in named_buffer_slots(module)
         ]
+
+    def look(self) -> bool:
+        """Whether lists and dicts have held what they held before, now and each time anybody looked."""
+        self._held = self._held and self._contents.is_as_it_was()
+        return self._held
 
     def attribute(self, module: nn.Module, name: str) -> Any:
         return self._of[module].get(name, _MISSING)
@@ -312,13 +327,14 @@ class ModuleState:
             for key in before.keys() | now_attributes.keys():
                 if not _same(before.get(key, _MISSING), now_attributes.get(key, _MISSING)) and (part, key) not in known:
                     return f"the attribute {f'{name}.{key}' if name else key!r}"
-        return None
+        return None if self.look() else "which tensors a list or dict among the modules' attributes holds"
 
     def restore(self) -> None:
         for _, part, before in self._attributes:
             for key in vars(part).keys() - before.keys():
                 del vars(part)[key]
             vars(part).update(before)
+        self._contents.restore(lambda held: held)
         for now, before in self._owners:
             now.clear()
             now.update(before)

@@ -124,7 +124,7 @@ def wire(
             residency.settled,
         )
         stepper = Stepper(spec, parts.parameters, parts.layouts, gradients, config.ema_decay)
-        scaling = LossScaling(config.loss_scale)
+        scaling = LossScaling(config.loss_scale, config.update == "backward")
         access = ParameterAccess(parts.layouts, parts.homes, stream, loop, parts.device.torch_device, residency.settled)
         bindings = Bindings(parts.parameters, parts.device.torch_device, read_private)
         compute = ComputeRecord(parts.lanes.trace)
@@ -152,13 +152,22 @@ def wire(
             scaling.scaled,
         )
         values = Values(
-            module, parts.parameters, parts.layouts, access, gradients, stepper, scaling, before_write, after_write
+            module,
+            parts.parameters,
+            parts.layouts,
+            access,
+            gradients,
+            stepper,
+            scaling,
+            before_write,
+            after_write,
+            updates.spoilt,
         )
         average = ShownAverage(
             config.ema_decay is not None, parts.layouts, access, stepper, before_write, after_write, updates.spoilt
         )
         optimizer = EngineOptimizer(engine, spec, parts.groups)
-        state = RunState(module, parts.parameters, parts.device, stepper.counts, optimizer, scaling)
+        state = RunState(module, parts.parameters, parts.device, stepper, optimizer, scaling)
         log = _open_log(parts, loop)
 
         def facts() -> RunFacts:

@@ -65,6 +65,7 @@ class Checkpoints:
         folder = RunFolder(directory)
         with contextlib.ExitStack() as held:
             held.enter_context(folder.saving())
+            folder.check_model([info.name for info in facts.parameters])
             draft = Document(
                 order=1 + max((one.document.order for one in folder.found()), default=0),
                 step=step,
@@ -77,7 +78,7 @@ class Checkpoints:
                 data=encode(data, "data"),
             )
             snapshot = Snapshot([self._updates.made(layout.unit.index) for layout in facts.layouts])
-            self._saving = Saving(
+            saving = Saving(
                 folder,
                 draft,
                 buffers,
@@ -92,14 +93,18 @@ class Checkpoints:
             )
         self._rewritten.clear()
         self._journeys.before_update = snapshot.wait_copied
-        self._saving.start()
-        path = self._saving.path
+        try:
+            saving.start()
+        except BaseException:
+            saving.let_go()
+            raise
+        self._saving = saving
         if not background:
             self.settle()
             error = self._collect()
             if error is not None:
                 raise error
-        return path
+        return saving.path
 
     def _bring_up_to_date(self, facts: RunFacts, snapshot: Snapshot, unit: int) -> None:
         made = snapshot.made[unit]
@@ -123,6 +128,8 @@ class Checkpoints:
         saving = self._saving
         if saving is not None and not saving.running:
             error = self._collect()
+            if isinstance(error, CheckpointFailed):  # what was saved is there
+                raise error
             if error is not None:
                 raise CheckpointFailed(
                     f"saving {saving.path} in the background failed ({type(error).__name__}: {error}); nothing is left "

@@ -20,4 +20,7 @@ class CheckpointMismatch(CheckpointError):
 
 
 class CheckpointFailed(RuntimeError):
-    """A save in the background broke off and left nothing. Training is not affected, earlier checkpoints are whole."""
+    """A save broke off: in the background, with nothing left of it, or once its checkpoint was there, which is whole.
+
+    The message says which. Training is not affected, earlier checkpoints are whole.
+    """

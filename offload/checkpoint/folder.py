@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class RunFolder:
         """
         if self.root.exists() and not self.root.is_dir():
             raise CheckpointError(f"{self.root} is a file; name a folder for checkpoints")
-        self.root.mkdir(parents=True, exist_ok=True)
+        _make_durably(self.root)
         descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             try:
@@ -123,16 +123,29 @@ class RunFolder:
         return sorted([*replaced, *(path for name, path in names.items() if _NAME.fullmatch(name))])
 
     def prune(self, keep: int, newest: Path) -> None:
-        """Remove all but the `keep` last saved checkpoints; never `newest`, and nothing that does not look whole.
+        """Remove all but the `keep` last saved checkpoints; never `newest`, none of a later step than it, because that
+        may be of another run, and nothing that does not look whole.
 
         A folder that is being removed has lost its name first, so that half of one is never taken for a checkpoint.
         """
-        old = [one.path for one in self.found() if one.path != newest]
+        found = self.found()
+        step = next((one.document.step for one in found if one.path == newest), 0)
+        old = [one.path for one in found if one.document.step < step]
         for path in old[: max(0, len(old) - (keep - 1))]:
             hidden = self._hidden(path, _REMOVING)
             path.rename(hidden)
             _sync(self.root)
             shutil.rmtree(hidden)
+
+    def check_model(self, parameters: Collection[str]) -> None:
+        """Raises: CheckpointError if the folder has checkpoints of a model whose parameters have other names."""
+        for one in self.found():
+            other = sorted(set(one.document.parameters) ^ set(parameters))
+            if other:
+                raise CheckpointError(
+                    f"{self.root} holds checkpoints of another model: {one.path.name} differs in {other[0]!r} "
+                    f"({len(other)} names in all); give each run a folder of its own"
+                )
 
     def newest(self) -> Path:
         """The checkpoint that was saved last.
@@ -197,6 +210,15 @@ def _reason(path: Path) -> str:
     except CheckpointError as error:
         return str(error).partition(";")[0]
     return f"{path} was damaged a moment ago"
+
+
+def _make_durably(folder: Path) -> None:
+    """Make `folder` and what is missing above it; a loss of power then takes none of them."""
+    absolute = folder.absolute()
+    made = [path for path in (absolute, *absolute.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in made:
+        _sync(path.parent)
 
 
 def _sync(folder: Path) -> None:

@@ -7,22 +7,21 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
+from xxhash import xxh3_64
 
 from ..access import ParameterAccess
 from ..layout import Member, UnitLayout
-from ..weights.files import TensorFileWriter, TensorSpec, checksum_of
+from ..weights.files import TensorFileWriter, TensorSpec, bytes_of
 from . import document
 from .document import Document, SavedFile
+from .errors import CheckpointFailed
 from .folder import RunFolder
 from .snapshot import Snapshot
-
-BATCH_NBYTES = 64 << 20
-"""Parameters are copied in groups of at most this many bytes, with their states; a larger one alone."""
 
 INDEX_NAME = "model.safetensors.index.json"
 BUFFERS_NAME = "buffers.safetensors"
@@ -90,7 +89,13 @@ class Saving:
         return self._folder.target(self._draft.step)
 
     def start(self) -> None:
+        """Raises: RuntimeError if there can be no more threads; `let_go` is the caller's then."""
         self._thread.start()
+
+    def let_go(self) -> None:
+        """Nothing is copied any more: nobody waits, and nothing is held."""
+        self.snapshot.release()
+        self._done()
 
     def wait(self) -> None:
         """Block until it has ended, whatever came of it."""
@@ -106,8 +111,7 @@ class Saving:
         except BaseException as error:
             self.error = error
         finally:
-            self.snapshot.release()
-            self._done()
+            self.let_go()
 
     def _write(self, folder: Path) -> None:
         try:
@@ -122,11 +126,26 @@ class Saving:
                 replace(self._draft, files=self._files, left_out=self._left_out, saved_unix_s=time.time()),
             )
             path = self._folder.publish(folder, self._draft.step)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not folder.exists() and self.path.exists():
+                raise CheckpointFailed(
+                    f"{self.path} is there and whole, but making its name durable, or removing the one that it "
+                    f"replaced, failed ({type(error).__name__}: {error}). Training can go on; mend the cause and save "
+                    "again"
+                ) from error
             self._folder.discard(folder)
             raise
         if self._keep is not None:
-            self._folder.prune(self._keep, path)
+            self._prune(self._keep, path)
+
+    def _prune(self, keep: int, path: Path) -> None:
+        try:
+            self._folder.prune(keep, path)
+        except Exception as error:
+            raise CheckpointFailed(
+                f"{path} is saved and whole; removing old ones (keep={keep}) failed ({type(error).__name__}: {error}). "
+                "Training can go on; mend the cause, and the next save removes them"
+            ) from error
 
     def _copy_unit(self, folder: Path, unit: int) -> None:
         """Copy all of a unit, then let its next update go on, then flush."""
@@ -157,7 +176,6 @@ class Saving:
             for m in members
             for kind, blank in specs[m.info.parameter][1].items()
         }
-        sizes = {p: sum(t.nbytes for t in (value, *kinds.values())) for p, (value, kinds) in specs.items()}
         specs.clear()
         model = open_files.enter_context(TensorFileWriter(folder / f"model-{number}.safetensors", values, METADATA))
         self._weights.update(dict.fromkeys(values, model.path.name))
@@ -165,11 +183,11 @@ class Saving:
         if states:
             writers.append(TensorFileWriter(folder / f"states-{number}.safetensors", states, METADATA))
             open_files.enter_context(writers[-1])
-        for batch in _batches(sizes):
-            for host in self._access.read(layout, batch, states=True, settle=False).values():
-                model.write(host.name, host.value.reshape(-1))
-                for kind, state in host.states.items():
-                    writers[-1].write(f"{host.name}/{kind}", state.reshape(-1))
+        for part in self._access.parts(layout, [m.info.parameter for m in members], states=True, settle=False):
+            if part.state is None:
+                model.write(part.info.name, part.values)
+            else:
+                writers[-1].write(f"{part.info.name}/{part.state}", part.values)
         return writers
 
     def _specs(self, layout: UnitLayout, member: Member) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,9 +212,8 @@ class Saving:
             return []
         specs = {m.info.name: TensorSpec(m.info.dtype, tuple(m.info.shape)) for m in members}
         writer = open_files.enter_context(TensorFileWriter(folder / name, specs, METADATA))
-        for batch in _batches({m.info.parameter: specs[m.info.name].nbytes for m in members}):
-            for host in self._access.read(layout, batch, states=False, settle=False).values():
-                writer.write(host.name, host.value.reshape(-1))
+        for part in self._access.parts(layout, [m.info.parameter for m in members], settle=False):
+            writer.write(part.info.name, part.values)
         return [writer]
 
     def _hash_frozen(self, layout: UnitLayout, members: Sequence[Member]) -> dict[str, str]:
@@ -229,29 +246,14 @@ def hash_frozen(
     access: ParameterAccess, layout: UnitLayout, parameters: Sequence[nn.Parameter], *, settle: bool
 ) -> dict[str, str]:
     """XXH3 checksums of frozen parameters' bytes as they rest, by name."""
-    found = {}
-    sizes = {p: layout.by_parameter[p].info.numel * layout.by_parameter[p].info.dtype.itemsize for p in parameters}
-    for batch in _batches(sizes):
-        for host in access.read(layout, batch, states=False, settle=settle).values():
-            found[host.name] = checksum_of(host.value)
-    return found
+    found = {layout.by_parameter[p].info.name: xxh3_64() for p in parameters}
+    for part in access.parts(layout, parameters, settle=settle):
+        found[part.info.name].update(bytes_of(part.values))
+    return {name: checksum.hexdigest() for name, checksum in found.items()}
 
 
 def _frozen_name(unit: int) -> str:
     return f"frozen-{unit + 1:05d}.safetensors"
-
-
-def _batches(sizes: Mapping[nn.Parameter, int]) -> Iterator[list[nn.Parameter]]:
-    batch: list[nn.Parameter] = []
-    nbytes = 0
-    for parameter, size in sizes.items():
-        if batch and nbytes + size > BATCH_NBYTES:
-            yield batch
-            batch, nbytes = [], 0
-        batch.append(parameter)
-        nbytes += size
-    if batch:
-        yield batch
 
 
 def _link(known: FrozenFile, target: Path) -> bool:

@@ -58,7 +58,11 @@ def load_weights(engine: OffloadEngine, folder: Path) -> None:
 
     Raises: FileNotFoundError for a folder without such files; ValueError listing names that do not fit.
     """
-    saved = SavedWeights(folder, engine.module)
+    with SavedWeights(folder, engine.module) as saved:
+        _load(engine, folder, saved)
+
+
+def _load(engine: OffloadEngine, folder: Path, saved: SavedWeights) -> None:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -77,14 +81,18 @@ def load_weights(engine: OffloadEngine, folder: Path) -> None:
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  what transformers saves
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 class SavedWeights(Mapping[str, Tensor]):
     """The weights of a checkpoint folder by the names that the model's state dict has, each read when it is looked up.
+
+    Holds its files open until `close`, or the end of `with`; tensors stay good after it.
 
     Args:
         folder: with `*.safetensors` files: a whole model, or a PEFT adapter.
@@ -100,9 +108,21 @@ class SavedWeights(Mapping[str, Tensor]):
             raise FileNotFoundError(f"{folder} has no *.safetensors file; give the folder of a checkpoint")
         full_names = _adapter_names(model) if adapters else {}
         self._places: dict[str, tuple[TensorFile, str]] = {}
-        for path in files:
-            file = TensorFile(path)
-            self._places.update({full_names.get(name, name): (file, name) for name in file.tensors})
+        with contextlib.ExitStack() as opened:
+            for path in files:
+                file = opened.enter_context(TensorFile(path))
+                self._places.update({full_names.get(name, name): (file, name) for name in file.tensors})
+            self._files = opened.pop_all()
+
+    def close(self) -> None:
+        """Give the files back. Twice is safe."""
+        self._files.close()
+
+    def __enter__(self) -> SavedWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getitem__(self, name: str) -> Tensor:
         file, saved_name = self._places[name]

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import OffloadConfig
 from ..optimizers import SGD, Adam, AdamW, OptimizerSpec
 from ..torch_optimizer import TorchOptimizer
+from ..torch_states import HOW_NOT_WHAT
 
 Settings = Mapping[str, Any] | str | OffloadConfig | None
 
@@ -133,7 +134,7 @@ def make_spec(optimizer: torch.optim.Optimizer) -> OptimizerSpec:
             f"the {type(optimizer).__name__} has stepped before; give a new one, or resume from a checkpoint folder"
         )
     kind = SPECS.get(type(optimizer))
-    if kind is None or any(group.get("amsgrad") for group in optimizer.param_groups):
+    if kind is None or _has_more_settings(optimizer, kind):
         accepted = set(inspect.signature(type(optimizer)).parameters) & set(optimizer.defaults)
         settings = {name: optimizer.defaults[name] for name in accepted}
         groups = [{name: group[name] for name in ("params", *accepted)} for group in optimizer.param_groups]
@@ -145,6 +146,17 @@ def make_spec(optimizer: torch.optim.Optimizer) -> OptimizerSpec:
     ]
     defaults = {name: _number(optimizer.defaults[name]) for name in names}
     return kind(**defaults, groups=groups)
+
+
+def _has_more_settings(optimizer: torch.optim.Optimizer, kind: type[OptimizerSpec]) -> bool:
+    """Whether a setting that the engine's own kernels do not know (amsgrad, ...) is not at torch's default."""
+    ours = kind().defaults
+    torchs = {name: one.default for name, one in inspect.signature(type(optimizer)).parameters.items()}
+    return any(
+        group[name] != torchs[name]
+        for group in optimizer.param_groups
+        for name in torchs.keys() & group.keys() - ours.keys() - HOW_NOT_WHAT - {"params"}
+    )
 
 
 def _number(value: Any) -> Any:

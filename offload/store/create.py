@@ -88,7 +88,10 @@ def open_committed(backends: Sequence[Backend], directories: Sequence[Path]) -> 
             f"{directory} holds no store; name the directory of the run to resume, or start without resume"
         )
     if len(backends) < len(directories):
-        raise StoreMissing(f"not every one of {', '.join(map(str, directories))} holds a store to resume")
+        raise StoreMissing(
+            f"not every one of {', '.join(map(str, directories))} holds a store to resume; name the directories of the "
+            "run, or start without resume"
+        )
     genesis = Genesis.of(bodies[0])
     _check_members(bodies, directories, genesis)
     if genesis.durability == "none":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..units import ParameterInfo, Unit
-from .recipe import Place, Recipe, make, recipe_of, values_of
+from .recipe import Place, Recipe, make, recipe_of, values_of, was_left_alone
 from .source import ModuleValues, Reader, ValueSource
 
 
@@ -39,6 +39,13 @@ class DeferredValues:
     def begin(self) -> None:
         """Raises: ValueError naming a parameter that cannot be taken over."""
         _make_buffers(self._module)
+        changed = [name for parameter, name in self.names.items() if not was_left_alone(parameter)]
+        if changed:
+            raise ValueError(
+                f"parameter {changed[0]!r} was changed after `with deferred_init():` had ended ({len(changed)} such "
+                "parameters), where nothing is recorded, so the change would be lost; make it inside the block, or "
+                "load weights with OffloadEngine.from_pretrained or engine.load_state_dict"
+            )
         for parameter, name in self.names.items():
             recipe = recipe_of(parameter)
             if recipe is not None:

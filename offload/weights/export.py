@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..access import Part
 from ..layout import UnitLayout
 from ..sizes import parse_size
 from ..units import ParameterInfo
 from ..values import persistent_buffers
 from .files import TensorFileWriter, TensorSpec
 
-Parts = Callable[[UnitLayout], Iterator[tuple[ParameterInfo, Tensor]]]
+Parts = Callable[[UnitLayout], Iterator[Part]]
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -81,9 +82,9 @@ class _Export:
             for name, buffer in self._buffers.items():
                 writers[file_of[name]].write(name, buffer.detach().cpu())
             for layout in self._layouts:
-                for info, part in parts(layout):
-                    name = self._name[info.parameter]
-                    writers[file_of[name]].write(name, part.to(self._specs[name].dtype))
+                for part in parts(layout):
+                    name = self._name[part.info.parameter]
+                    writers[file_of[name]].write(name, part.values.to(self._specs[name].dtype))
             for writer in writers.values():
                 writer.finish()
 
@@ -157,6 +158,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)  # of a save that was killed
+    old = _old_name(path)
+    if old.exists() and not path.exists():
+        old.rename(path)  # killed between the two renames
     fresh.mkdir()
     try:
         yield fresh
@@ -183,7 +187,7 @@ def _keep_others(old: Path, fresh: Path) -> None:
 
 def _swap_in(fresh: Path, path: Path) -> None:
     """Between the two renames the old folder has another name, and both are whole."""
-    old = path.with_name(f".{path.name}.old")
+    old = _old_name(path)
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
@@ -195,6 +199,10 @@ def _swap_in(fresh: Path, path: Path) -> None:
         raise
     _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _sync(path: Path) -> None:

@@ -46,7 +46,7 @@ class PretrainedValues:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             names.setdefault(parameter, []).append(name)
         self._names = {p: [n for n in its if n in files.tensors] for p, its in names.items()}
-        self._buffers = {n: b for n, b in saved_buffers(module).items() if n in files.tensors}
+        self._module = module
         lacking = [its[0] for p, its in names.items() if not self._names[p]]
         lacking += [n for n in saved_buffers(module) if n not in files.tensors]
         known = {name for its in names.values() for name in its} | set(saved_buffers(module))
@@ -66,8 +66,9 @@ class PretrainedValues:
         self._own.begin()
         with contextlib.ExitStack() as stack, torch.no_grad():
             opened: dict[Path, TensorFile] = {}
-            for name, buffer in self._buffers.items():
-                buffer.copy_(self._view(name, opened, stack))
+            for name, buffer in saved_buffers(self._module).items():  # as they are now: deferred ones have been made
+                if name in self._files.tensors:
+                    buffer.copy_(self._view(name, opened, stack))
 
     @contextlib.contextmanager
     def unit(self, unit: Unit) -> Iterator[Reader]:
@@ -100,7 +101,9 @@ class PretrainedValues:
         return opened[path].view(name)
 
     def _differences(self) -> Iterator[str]:
-        wanted = [(name, p) for p, names in self._names.items() for name in names] + list(self._buffers.items())
+        wanted = [(name, p) for p, names in self._names.items() for name in names] + [
+            (name, buffer) for name, buffer in saved_buffers(self._module).items() if name in self._files.tensors
+        ]
         for name, tensor in wanted:
             spec = self._files.tensors[name]
             if spec.shape != tuple(tensor.shape):

@@ -21,9 +21,11 @@ _ATTRIBUTE = "_offload_recipe"
 
 @dataclass(eq=False, slots=True)
 class Recipe:
-    """What was done to one storage of `nbytes`, in order. `is_read`: a step that writes elsewhere reads it."""
+    """What was done to one storage of `nbytes`, in order. `is_read`: a step that writes elsewhere reads it. `version`:
+    of the parameter over it when recording ended; another one says that it was changed where nobody recorded."""
 
     nbytes: int
+    version: int | None = field(default=None, kw_only=True)
     steps: list[Step] = field(default_factory=list)
     is_read: bool = False
 
@@ -97,6 +99,20 @@ def recipe_of(tensor: Tensor) -> Recipe | None:
     if tensor.layout is not torch.strided:
         return None
     return getattr(tensor.untyped_storage(), _ATTRIBUTE, None)
+
+
+def note_version(parameter: Tensor) -> bool:
+    """Recording ends, and the parameter is as it was recorded. Returns whether it is a deferred one."""
+    recipe = recipe_of(parameter)
+    if recipe is not None:
+        recipe.version = parameter._version
+    return recipe is not None
+
+
+def was_left_alone(parameter: Tensor) -> bool:
+    """Whether nothing has been done to a deferred parameter in place since recording ended."""
+    recipe = recipe_of(parameter)
+    return recipe is None or recipe.version in (None, parameter._version)
 
 
 def give_recipe(tensor: Tensor) -> Recipe:

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_buffer_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .draws import draw, is_drawn_in_order
-from .recipe import Held, Place, Step, flat_tensors, give_recipe, recipe_of, values_of
+from .recipe import (
+    Held,
+    Place,
+    Step,
+    flat_tensors,
+    give_recipe,
+    note_version,
+    recipe_of,
+    values_of,
+    was_left_alone,
+)
 
 _aten = torch.ops.aten
 _SMALL_NBYTES = 16 << 10  # up to here a tensor is made at once: it costs nothing, and code that reads it just works
@@ -48,6 +62,16 @@ _READERS = {"numpy", "tolist", "__array__", "item", "__repr__", "__format__", "_
 _step_numbers = itertools.count()
 
 
+_deferred: list[weakref.ref[nn.Parameter]] = []
+"""Parameters whose operations have been recorded and that are still there."""
+
+
+def _alive() -> list[nn.Parameter]:
+    found = [parameter for one in _deferred if (parameter := one()) is not None and recipe_of(parameter) is not None]
+    _deferred.clear()
+    return found
+
+
 @contextlib.contextmanager
 def deferred_init(*, seeded: bool = True) -> Iterator[None]:
     """Build a model inside without the memory of its parameters; `OffloadEngine(model, ...)` makes them unit by unit.
@@ -58,7 +82,8 @@ def deferred_init(*, seeded: bool = True) -> Iterator[None]:
     looks at values (`item()`, `tolist()`, a comparison in an `if`) gets them, made for the moment.
 
     Outside, parameters are on the meta device until an engine takes the model. Change them inside: what is done to them
-    afterwards, such as `.to(dtype)`, is not seen, and the engine refuses such a parameter by name.
+    afterwards, such as `.to(dtype)` or `load_state_dict`, is not seen, and the engine refuses such a parameter by name
+    (all but changes through `.data`, of which torch leaves no trace).
 
     Args:
         seeded: whether random numbers are drawn as the model is built, so that the generators move on as in an eager
@@ -66,12 +91,20 @@ def deferred_init(*, seeded: bool = True) -> Iterator[None]:
             drawn when its unit is filled.
     """
     recorder = _Recorder(seeded)
-    hook = register_module_buffer_registration_hook(recorder.make_buffer)  # type: ignore[arg-type]
+    parameters = [p for p in _alive() if was_left_alone(p)]  # of an earlier block: what this one does to them is seen
+    hooks = [
+        register_module_buffer_registration_hook(recorder.make_buffer),  # type: ignore[arg-type]
+        register_module_parameter_registration_hook(lambda _, __, one: parameters.append(one)),
+    ]
     try:
         with _Answers(recorder), recorder:
             yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+        for parameter in parameters:
+            if parameter is not None and note_version(parameter):
+                _deferred.append(weakref.ref(parameter))
 
 
 class _Recorder(TorchDispatchMode):

@@ -16,7 +16,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 from offload import AdamW, CheckpointDamaged, CheckpointMismatch, OffloadConfig, OffloadEngine  # noqa: E402
-from offload.integrations.trainer_checkpoint import load_state, save_state  # noqa: E402
+from offload.integrations.trainer_checkpoint import (  # noqa: E402
+    _generators_kept,
+    load_state,
+    load_weights,
+    save_state,
+)
 
 Make = Callable[..., Any]
 
@@ -83,6 +88,29 @@ def test_loading_leaves_the_generators_to_the_trainer(kit: SimpleNamespace, on_n
                 load_state(engine, tmp_path)
             expected.append((torch.rand(()).item(), random.random(), np.random.rand()))  # noqa: NPY002
         assert expected[0] == expected[1]
+
+
+def test_a_load_that_fails_leaves_the_generators_too() -> None:
+    expected = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    with pytest.raises(KeyError), _generators_kept():
+        random.random(), np.random.rand()  # noqa: NPY002
+        raise KeyError
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == expected  # noqa: NPY002
+
+
+def test_weights_are_closed_again(kit: SimpleNamespace, tmp_path: Path) -> None:
+    with OffloadEngine(kit.llama(), AdamW(), OffloadConfig(dtype=torch.float32, device="cpu")) as engine:
+        engine.save_pretrained(tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            load_weights(engine, tmp_path)
+        assert len(os.listdir("/proc/self/fd")) == before
+        last = max(tmp_path.glob("*.safetensors"))
+        last.write_bytes(last.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=last.name):
+            load_weights(engine, tmp_path)
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_folders_are_those_of_the_plain_trainer_and_can_be_loaded(

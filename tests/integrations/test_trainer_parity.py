@@ -109,8 +109,28 @@ def own_loss_func(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> T
             {},
             {"optimizer_cls_and_kwargs": (torch.optim.Adam, {"lr": 2e-3, "eps": 1e-6})},
         ),
+        (
+            (transformers.Trainer, OffloadTrainer),
+            {},
+            {
+                "optimizer_cls_and_kwargs": (
+                    torch.optim.Adam,
+                    {"lr": 2e-3, "weight_decay": 0.5, "decoupled_weight_decay": True},
+                )
+            },
+        ),
     ],
-    ids=["compute_loss", "label_smoothing", "loss_func", "checkpointing", "neftune", "sgd", "fused", "adam"],
+    ids=[
+        "compute_loss",
+        "label_smoothing",
+        "loss_func",
+        "checkpointing",
+        "neftune",
+        "sgd",
+        "fused",
+        "adam",
+        "decoupled",
+    ],
 )
 def test_what_a_script_can_ask_for_is_kept(
     kinds: tuple[type, type],

@@ -7,7 +7,11 @@ HELP = "draw one step of a trace: lanes, units, waits, and the bound beside the 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", type=Path, help="a file that engine.trace(path) or offload train --timeline wrote")
+    parser.add_argument(
+        "trace",
+        type=Path,
+        help="what engine.trace(path) wrote, or the .trace.json beside a picture of train --timeline",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("step.html"), metavar="FILE", help=".html (default step.html) or .png"
     )

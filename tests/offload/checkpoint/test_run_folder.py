@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
-from offload import CheckpointError
+from offload import SGD, CheckpointError, OffloadConfig, OffloadEngine
 from offload.checkpoint import folder as folder_module
 from offload.checkpoint.folder import RunFolder
 from offload.checkpoint.verification import verify
@@ -36,6 +37,22 @@ def test_the_last_k_stay(runs: SimpleNamespace, tmp_path: Path) -> None:
         runs.train(engine, 3)
         engine.save(tmp_path, keep=1)
         assert names(tmp_path) == ["step-000006"]
+
+
+def test_a_run_removes_nothing_of_another_one(runs: SimpleNamespace, tmp_path: Path) -> None:
+    """A second run that is given the same folder begins at step 0 again; another model has no place there."""
+    with runs.build(device="cpu") as engine:
+        runs.train(engine, 3)
+        engine.save(tmp_path)
+    with runs.build(device="cpu") as engine:
+        runs.train(engine, 1)
+        engine.save(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
+    words = r"checkpoints of another model: step-00000\d differs in .* a folder of its own"
+    config = OffloadConfig(device="cpu", host_memory="64MiB")
+    with OffloadEngine(nn.Linear(4, 4), SGD(), config) as other, pytest.raises(CheckpointError, match=words):
+        other.save(tmp_path, keep=1)
+    assert names(tmp_path) == ["step-000001", "step-000003"]
 
 
 def test_a_damaged_one_is_neither_counted_nor_removed(runs: SimpleNamespace, tmp_path: Path) -> None:
@@ -128,3 +145,14 @@ def test_what_lost_its_name_to_an_heir_that_never_came_gets_it_back(runs: Simple
         engine.save(tmp_path)
         assert names(tmp_path) == ["step-000000", "step-000001"]
         assert verify(path) == []
+
+
+def test_folders_above_are_flushed_too(runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a loss of power takes a new run's folder with the checkpoint in it."""
+    flushed = []
+    monkeypatch.setattr(folder_module, "_sync", flushed.append)
+    with RunFolder(tmp_path / "a" / "b").saving():
+        assert set(flushed) == {tmp_path, tmp_path / "a"}
+    flushed.clear()
+    with RunFolder(tmp_path / "a" / "b").saving():
+        assert flushed == []

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from offload import CheckpointFailed, OffloadEngine
-from offload.access import ParameterAccess
+from offload import CheckpointFailed, OffloadEngine, TorchOptimizer
+from offload.access import ParameterAccess, Part
+from offload.checkpoint import folder as folder_module
+from offload.checkpoint.folder import RunFolder
 from offload.checkpoint.snapshot import Snapshot
 from offload.checkpoint.verification import verify
 from offload.weights.files import TensorFile, TensorFileWriter
@@ -25,16 +27,18 @@ MODES = ["memory", "nvme", "mixed", "step", "fake"]
 
 @pytest.fixture
 def slow_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Every read for a copy comes 30 ms late, long enough for a step. Yields the names of units as they are copied."""
-    original, copies = ParameterAccess.read, []
+    """Every copy of a unit's tensors begins 30 ms late, long enough for a step, and is read in many windows, so that a
+    step may come between two of them. Yields the names of units as they are copied."""
+    monkeypatch.setattr("offload.access.WINDOW_NBYTES", 8_000)
+    original, copies = ParameterAccess.parts, []
 
-    def read(self: ParameterAccess, layout: Any, wanted: Any, **options: Any) -> Any:
+    def parts(self: ParameterAccess, layout: Any, wanted: Any = None, **options: Any) -> Iterator[Part]:
         if threading.current_thread().name == "offload-checkpoint":
             copies.append(layout.unit.name)
             time.sleep(0.03)
-        return original(self, layout, wanted, **options)
+        yield from original(self, layout, wanted, **options)
 
-    monkeypatch.setattr(ParameterAccess, "read", read)
+    monkeypatch.setattr(ParameterAccess, "parts", parts)
     yield copies
 
 
@@ -99,15 +103,15 @@ def test_save_returns_before_the_copy_and_what_is_waited_for_is_copied_first(
     runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write to the last unit waits for the copy of that unit, and for no other that has not begun."""
-    original, copies, may_go_on = ParameterAccess.read, [], threading.Event()
+    original, copies, may_go_on = ParameterAccess.parts, [], threading.Event()
 
-    def read(self: ParameterAccess, layout: Any, wanted: Any, **options: Any) -> Any:
+    def parts(self: ParameterAccess, layout: Any, wanted: Any = None, **options: Any) -> Iterator[Part]:
         if threading.current_thread().name == "offload-checkpoint":
             assert may_go_on.wait(30)
             copies.append(layout.unit.name)
-        return original(self, layout, wanted, **options)
+        yield from original(self, layout, wanted, **options)
 
-    monkeypatch.setattr(ParameterAccess, "read", read)
+    monkeypatch.setattr(ParameterAccess, "parts", parts)
     with runs.build(device="cpu") as engine:
         before = {name: host.value.clone() for name, host in _gather(engine, "norm.*").items()}
         path = engine.save(tmp_path, background=True)
@@ -181,24 +185,99 @@ def test_a_second_save_waits_for_the_first(runs: SimpleNamespace, tmp_path: Path
     assert [verify(path) for path in (first, second)] == [[], []]
 
 
-def test_memory_of_a_save_is_one_batch(runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit is copied in groups of parameters, so that it never lies in memory a second time as a whole."""
-    monkeypatch.setattr("offload.checkpoint.saving.BATCH_NBYTES", 40_000)
-    original, sizes = ParameterAccess.read, []
+@pytest.mark.parametrize(
+    "spec", [None, TorchOptimizer(torch.optim.RMSprop, lr=1e-3)], ids=["fp32 states", "any states"]
+)
+@pytest.mark.parametrize("mode", ["memory", "nvme"])
+def test_a_unit_is_copied_window_by_window(
+    runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, spec: Any
+) -> None:
+    """No buffer of a copy is larger than the window, whatever a parameter takes (8192 bytes and two states here)."""
+    monkeypatch.setattr("offload.access.WINDOW_NBYTES", 4096)
+    original, buffers = ParameterAccess.parts, set()
 
-    def read(self: ParameterAccess, layout: Any, wanted: Any, **options: Any) -> Any:
-        found = original(self, layout, wanted, **options)
-        sizes.append(sum(t.nbytes for host in found.values() for t in (host.value, *host.states.values())))
-        return found
+    def parts(self: ParameterAccess, *args: Any, **options: Any) -> Iterator[Part]:
+        for part in original(self, *args, **options):
+            buffers.add(part.values.untyped_storage().nbytes())
+            yield part
 
-    monkeypatch.setattr(ParameterAccess, "read", read)
+    monkeypatch.setattr(ParameterAccess, "parts", parts)
+    with runs.build(spec=spec, frozen=True, **runs.placements(tmp_path)[mode]) as engine:
+        runs.train(engine, 2)
+        expected = values_of(engine, runs)
+        path = engine.save(tmp_path / "run")
+        left_out = engine.save(tmp_path / "trainable", frozen=False)
+        assert max(buffers) <= 4096
+        assert verify(path) == verify(left_out) == []
+        assert runs.differing(saved_values(path), expected) == []
+        assert engine.resume(left_out).step == 2  # checksums of frozen values agree
+
+
+def test_when_old_ones_cannot_be_removed_the_new_one_is_there_and_called_so(
+    runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(RunFolder, "prune", failing)
     with runs.build(device="cpu") as engine:
-        sizes.clear()
-        path = engine.save(tmp_path)
-    # A block has 4224 parameters in four tensors, 12 bytes each: 24576 + 768 + 24576 + 384 bytes.
-    assert max(sizes) <= 40_000
-    assert len(sizes) == 3 * 2 + 1
-    assert verify(path) == []
+        path = engine.save(tmp_path, keep=1, background=True)
+        engine._checkpoints.settle()
+        with pytest.raises(CheckpointFailed, match=r"step-000000 is saved and whole; removing old ones .*not yours"):
+            runs.train(engine, 1)
+        assert verify(path) == []
+        with pytest.raises(CheckpointFailed, match=r"step-000000 is saved and whole"):
+            engine.save(tmp_path, keep=1)
+
+
+def test_when_the_new_one_cannot_be_made_durable_it_is_not_called_lost(
+    runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = folder_module._sync
+
+    def failing(folder: Path) -> None:
+        if folder == tmp_path:
+            raise OSError(5, "drive gone")
+        original(folder)
+
+    monkeypatch.setattr(folder_module, "_sync", failing)
+    with runs.build(device="cpu") as engine:
+        path = engine.save(tmp_path, background=True)
+        with pytest.raises(CheckpointFailed, match=r"step-000000 is there and whole, but .*drive gone"):
+            engine.flush()
+        assert verify(path) == []
+
+
+def test_without_a_thread_nothing_is_held(
+    runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = threading.Thread.start
+
+    def failing(self: threading.Thread) -> None:
+        if self.name == "offload-checkpoint":
+            raise RuntimeError("can't start new thread")
+        original(self)
+
+    with runs.build(device="cpu") as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", failing)
+            with pytest.raises(RuntimeError, match="can't start new thread") as raised:
+                engine.save(tmp_path, background=True)
+        assert verify(engine.save(tmp_path)) == []  # neither is the folder locked, nor is a thread waited for
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", failing)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                engine.save(tmp_path, background=True)
+        runs.train(engine, 1)  # no update waits for a copy that nobody makes
+        del raised  # until here: what its frames held would have been freed with it
+
+
+def test_flush_waits_for_the_save(runs: SimpleNamespace, tmp_path: Path, slow_copies: list[str]) -> None:
+    with runs.build(device="cpu") as engine:
+        path = engine.save(tmp_path, background=True)
+        assert not path.exists()
+        engine.flush()
+        assert verify(path) == []
 
 
 def test_only_updates_of_later_steps_wait() -> None:

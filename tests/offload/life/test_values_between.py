@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -148,10 +149,16 @@ def test_a_gradient_set_before_the_first_backward_is_refused(engine: OffloadEngi
         engine.backward(engine(X))
 
 
-def test_an_edit_in_place_is_not_left_out_of_a_state_dict(engine: OffloadEngine) -> None:
+def test_an_edit_in_place_is_not_left_out_of_a_state_dict(engine: OffloadEngine, tmp_path: Path) -> None:
     with torch.no_grad():
         engine.module.first[0].weight.add_(1)
-    for look in (engine.state_dict, lambda: engine.gather("*").__enter__()):
+    doors: list[Callable[[], object]] = [
+        engine.state_dict,
+        lambda: engine.gather("*").__enter__(),
+        lambda: engine.save(tmp_path / "run"),
+        lambda: engine.save_pretrained(tmp_path / "weights"),
+    ]
+    for look in doors:
         with pytest.raises(PlaceholderOverwritten, match=r"'first.0.weight' was edited in place.*engine.gather"):
             look()
 

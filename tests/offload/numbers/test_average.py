@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from offload import SGD, AdamW, DynamicLossScale, OffloadConfig, OffloadEngine, TorchOptimizer
+from offload.durable import RunState
 
 DECAY = 0.9
 LR = 1e-2
@@ -205,6 +207,143 @@ def test_before_the_first_update_the_average_is_the_weights(kit: SimpleNamespace
             assert kit.bits(value) == kit.bits(weights[name])
 
 
+def plain_after(steps: int) -> tuple[Branches, torch.optim.Optimizer]:
+    """A run of plain torch so far."""
+    plain = Branches()
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=LR)
+    for step in range(steps):
+        loss_of(plain, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return plain, optimizer
+
+
+def assert_average_is_the_weights(kit: SimpleNamespace, engine: OffloadEngine) -> None:
+    weights = engine.state_dict()
+    for name, value in engine.ema_state_dict().items():
+        assert kit.bits(value) == kit.bits(weights[name]), name
+    for name, value in averages(engine).items():
+        assert kit.bits(value) == kit.bits(weights[name]), name
+    with engine.averaged_weights():
+        for name, value in engine.state_dict().items():
+            assert kit.bits(value) == kit.bits(weights[name]), name
+
+
+def test_states_of_torch_do_not_begin_the_average(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
+    """As an `AveragedModel` that is made beside a run that goes on."""
+    plain, torchs = plain_after(3)
+    config = OffloadConfig(dtype=FP32, ema_decay=DECAY, **settings)
+    with OffloadEngine(Branches(), AdamW(lr=LR), config) as engine:
+        assert engine.state_dict().keys() == plain.state_dict().keys()
+        engine.optimizer.load_state_dict(torchs.state_dict())
+        engine.load_state_dict(plain.state_dict())
+        assert sum(bool(host.step) for host in kit.state_of(engine).values()) == 5
+        assert_average_is_the_weights(kit, engine)
+        averaged = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        for step in range(3, 6):
+            loss_of(plain, step).backward()
+            torchs.step()
+            torchs.zero_grad()
+            averaged.update_parameters(plain)
+            train(engine, range(step, step + 1))
+            ours, expected = engine.ema_state_dict(), averaged.module.state_dict()
+            for name, value in expected.items():
+                torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_counts_of_some_parameters_do_not_begin_the_average(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
+    config = OffloadConfig(dtype=FP32, ema_decay=DECAY, **settings)
+    with OffloadEngine(Branches(), AdamW(lr=LR), config) as engine:
+        with engine.gather("trunk.*", write=True) as parameters:
+            parameters["trunk.weight"].step = 5
+            parameters["trunk.weight"].value.add_(1.0)
+        assert_average_is_the_weights(kit, engine)
+        train(engine, range(1))
+        assert_average_is_the_weights(kit, engine)
+        train(engine, range(1, 2))
+        assert kit.bits(engine.ema_state_dict()["trunk.weight"]) != kit.bits(engine.state_dict()["trunk.weight"])
+
+
+def test_a_failed_backward_does_not_begin_the_average(kit: SimpleNamespace) -> None:
+    """Units that update="backward" has updated keep that; the average of the others is their weights still."""
+    config = OffloadConfig(dtype=FP32, ema_decay=DECAY, update="backward")
+    with OffloadEngine(Branches(), AdamW(lr=LR), config) as engine:
+        complete = engine._gradients.on_complete
+
+        def late(unit: int) -> None:
+            time.sleep(0.05)
+            complete(unit)
+
+        engine._gradients.on_complete = late  # updates may begin after backward has raised
+        handle = engine.module.trunk.weight.register_hook(lambda gradient: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.backward(loss_of(engine, 0))
+        handle.remove()
+        engine.optimizer.zero_grad()
+        assert {host.step for host in kit.state_of(engine).values() if host.states} == {0, 1}
+        assert_average_is_the_weights(kit, engine)
+
+
+def test_an_average_given_before_the_first_update(kit: SimpleNamespace, settings: dict[str, Any]) -> None:
+    """It begins then, the others' with their weights."""
+    config = OffloadConfig(dtype=FP32, ema_decay=DECAY, **settings)
+    with OffloadEngine(Branches(), AdamW(lr=LR), config) as engine:
+        expected = averages(engine)
+        expected["trunk.weight"].fill_(2.0)
+        with engine.gather("trunk.*", write=True) as parameters:
+            parameters["trunk.weight"].states["ema"].fill_(2.0)
+        for name, value in averages(engine).items():
+            assert kit.bits(value) == kit.bits(expected[name]), name
+        train(engine, range(1))
+        for name, host in kit.state_of(engine).items():
+            if host.states:
+                old = expected[name]
+                assert kit.bits(host.states["ema"]) == kit.bits(old - (old - host.value) * (1.0 - DECAY)), name
+
+
+@pytest.mark.parametrize("way", ["commit", "checkpoint"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_whether_it_has_begun_survives(kit: SimpleNamespace, tmp_path: Path, way: str, begun: bool) -> None:
+    plain, torchs = plain_after(3)
+    common: dict[str, Any] = {"dtype": FP32, "ema_decay": DECAY}
+    nvme = {"nvme": tmp_path / "store"} if way == "commit" else {}
+    with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(**nvme, **common)) as engine:
+        engine.optimizer.load_state_dict(torchs.state_dict())
+        engine.load_state_dict(plain.state_dict())
+        if begun:
+            train(engine, range(3, 5))
+        saved = engine.save(tmp_path / "run")
+        expected = kit.state_of(engine)
+    if way == "commit":
+        engine = OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(resume=True, **nvme, **common))
+    else:
+        engine = OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(**common))
+        engine.resume(saved)
+    with engine:
+        kit.assert_same_state(kit.state_of(engine), expected)
+        weights, ours = engine.state_dict(), engine.ema_state_dict()
+        assert (kit.bits(ours["trunk.weight"]) != kit.bits(weights["trunk.weight"])) == begun
+
+
+def test_a_store_that_does_not_say_whether_it_has_begun(
+    kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of an older version: it has, with the first count."""
+    capture = RunState.capture
+    monkeypatch.setattr(
+        RunState,
+        "capture",
+        lambda self, step: {k: v for k, v in capture(self, step).items() if k != "average_begun"},
+    )
+    config: dict[str, Any] = {"dtype": FP32, "ema_decay": DECAY, "nvme": tmp_path}
+    for steps in (range(0), range(3)):
+        with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(overwrite=True, **config)) as engine:
+            train(engine, steps)
+            expected = kit.state_of(engine)
+        with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(resume=True, **config)) as engine:
+            kit.assert_same_state(kit.state_of(engine), expected)
+
+
 def test_skipped_steps_do_not_count(kit: SimpleNamespace) -> None:
     config = OffloadConfig(dtype=HALF, ema_decay=DECAY, loss_scale=DynamicLossScale(init_scale=2.0**10))
     with OffloadEngine(Branches(HALF), AdamW(lr=LR), config) as engine:
@@ -267,6 +406,7 @@ def test_closing_inside_keeps_the_weights(kit: SimpleNamespace, tmp_path: Path) 
 def test_training_inside_is_refused(tmp_path: Path) -> None:
     with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(dtype=FP32, ema_decay=DECAY)) as engine:
         train(engine, range(2))
+        states = engine.optimizer.state_dict()
         engine.backward(loss_of(engine, 2))
         with engine.averaged_weights():
             refused = {
@@ -274,6 +414,7 @@ def test_training_inside_is_refused(tmp_path: Path) -> None:
                 "backward": lambda: engine.backward(loss_of(engine, 3)),
                 "train_step": lambda: engine.train_step([inputs(0)], lambda y, _: y.mean()),
                 "load_state_dict": lambda: engine.load_state_dict(engine.state_dict()),
+                r"optimizer\.load_state_dict": lambda: engine.optimizer.load_state_dict(states),
                 "gather": lambda: engine.gather("*", write=True),
                 "flush": engine.flush,
                 "save": lambda: engine.save(tmp_path / "save"),
@@ -285,6 +426,74 @@ def test_training_inside_is_refused(tmp_path: Path) -> None:
                 with pytest.raises(RuntimeError, match=rf"{what}\(.*averaged_weights\(\):`, .*leave it first"):
                     call()
         assert not engine.step().skipped
+
+
+def test_saving_the_average_for_others(kit: SimpleNamespace, tmp_path: Path) -> None:
+    with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(dtype=FP32, ema_decay=DECAY)) as engine:
+        train(engine, range(3))
+        expected, before = engine.ema_state_dict(), kit.state_of(engine)
+        with engine.averaged_weights():
+            engine.save_pretrained(tmp_path)
+        kit.assert_same_state(kit.state_of(engine), before)
+    with OffloadEngine.from_pretrained(tmp_path, AdamW(lr=LR), OffloadConfig(dtype=FP32), module=Branches()) as other:
+        found = other.state_dict()
+    assert kit.bits(found["trunk.weight"]) != kit.bits(before["trunk.weight"].value)
+    for name, value in expected.items():
+        assert kit.bits(found[name]) == kit.bits(value), name
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, afterwards: bool) -> None:
+    """Ctrl-C at the begin or the end of the given call of a method, counted from 1."""
+    original, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == call and not afterwards:
+            raise KeyboardInterrupt
+        result = original(*args)
+        if len(calls) == call and afterwards:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+@pytest.mark.parametrize(
+    "where",
+    [("exchange", False), ("exchange", True), ("after", True), ("before", False)],
+    ids=lambda w: f"{w[0]}-{w[1]}",
+)
+def test_an_interrupted_exchange_is_never_taken_for_the_weights(
+    kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, where: tuple[str, bool]
+) -> None:
+    """Three units go in and out. The store keeps the last step; whoever goes on has whole weights or is refused."""
+    config: dict[str, Any] = {"dtype": FP32, "ema_decay": DECAY, "nvme": tmp_path}
+    engine = OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(**config))
+    train(engine, range(3))
+    engine.flush()
+    before = kit.state_of(engine)
+    place, afterwards = where
+    average = engine._average
+    owner, name = {
+        "exchange": (engine._access, "exchange_average"),
+        "after": (average, "_after_write"),
+        "before": (average, "_before_write"),
+    }[place]
+    with monkeypatch.context() as patch:
+        interrupt(patch, owner, name, call, afterwards)
+        with pytest.raises(KeyboardInterrupt), engine.averaged_weights():
+            pass
+    if place == "before" and call <= 3:  # nothing of this unit had begun, and the others are back
+        kit.assert_same_state(kit.state_of(engine), before)
+        train(engine, range(3, 4))
+        engine.close()
+        return
+    with pytest.raises(RuntimeError, match=r"KeyboardInterrupt.*two different steps"):
+        engine(inputs(0))
+    engine.close()
+    with OffloadEngine(Branches(), AdamW(lr=LR), OffloadConfig(resume=True, **config)) as engine:
+        kit.assert_same_state(kit.state_of(engine), before)
 
 
 def test_a_graph_from_outside_is_refused_inside() -> None:

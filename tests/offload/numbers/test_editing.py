@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offload import AdamW, OffloadConfig, OffloadEngine, TorchOptimizer
+from offload.access import ParameterAccess
 from offload.optimizers import OptimizerSpec
 
 LR = 1e-2
@@ -164,4 +165,104 @@ def test_unknown_states_are_refused(kit: SimpleNamespace, tmp_path: Path) -> Non
         message = r"'0.weight' was given the state 'momentum'; this run keeps \['exp_avg', 'exp_avg_sq'\]"
         with pytest.raises(KeyError, match=message), engine.gather(NAME, write=True) as parameters:
             parameters[NAME].states["momentum"] = torch.zeros(12, 6)
+        kit.assert_same_state(kit.state_of(engine), before)
+
+
+def test_other_shapes_are_refused(kit: SimpleNamespace) -> None:
+    """Also in the last of several units: nothing is written then."""
+    with OffloadEngine(make(), AdamW(lr=LR), OffloadConfig(dtype=torch.float32)) as engine:
+        before = kit.state_of(engine)
+        for what, edit in (
+            ("value", lambda host: setattr(host, "value", torch.zeros(7))),
+            ("exp_avg", lambda host: host.states.update(exp_avg=torch.zeros(1, 7, 1))),
+            ("grad", lambda host: setattr(host, "grad", torch.zeros(7, 1))),
+        ):
+            message = rf"{what} of '4.weight' was given shape \(.*\), it is \(1, 7\)"
+            with pytest.raises(ValueError, match=message), engine.gather("*.weight", write=True) as parameters:
+                parameters[NAME].value.add_(1.0)
+                edit(parameters["4.weight"])
+        kit.assert_same_state(kit.state_of(engine), before)
+
+
+DOORS: dict[str, Callable[[OffloadEngine, dict[str, Any], dict[str, Any]], object]] = {
+    "load_state_dict": lambda engine, values, states: engine.load_state_dict(values),
+    "optimizer.load_state_dict": lambda engine, values, states: engine.optimizer.load_state_dict(states),
+    "gather": lambda engine, values, states: add_ones(engine),
+}
+
+
+def add_ones(engine: OffloadEngine) -> None:
+    with engine.gather("*", write=True) as parameters:
+        for host in parameters.values():
+            host.value.add_(1.0)
+
+
+def step_once(engine: OffloadEngine, number: int) -> None:
+    engine.backward(loss_of(engine, number))
+    engine.step()
+
+
+@pytest.mark.parametrize("method", ["read", "write"])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_write_that_breaks_off_is_no_step(
+    kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, door: str, method: str
+) -> None:
+    """In the third unit: the engine refuses work, and the store keeps the step before. In the first read: all is as
+    it was."""
+    config: dict[str, Any] = {"dtype": torch.float32, "nvme": tmp_path}
+    engine = OffloadEngine(make(), AdamW(lr=LR), OffloadConfig(**config))
+    step_once(engine, 0)
+    engine.load_state_dict(engine.state_dict())  # that this one wrote says nothing of the next
+    engine.flush()
+    before = kit.state_of(engine)
+    values = {name: value + 1 for name, value in engine.state_dict().items()}
+    states = engine.optimizer.state_dict()
+    for state in states["state"].values():
+        state["exp_avg"].add_(1.0)
+    original = getattr(ParameterAccess, method)
+
+    def attempt(failing: int) -> None:
+        calls: list[object] = []
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            if len(calls) == failing:
+                raise OSError(5, "no more")
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ParameterAccess, method, fail)
+            with pytest.raises(OSError, match="no more"):
+                DOORS[door](engine, values, states)
+
+    if method == "read":
+        attempt(1)
+        kit.assert_same_state(kit.state_of(engine), before)
+    if (door, method) == ("gather", "read"):  # all units are read before any is written
+        attempt(3)
+        kit.assert_same_state(kit.state_of(engine), before)
+        step_once(engine, 1)
+        engine.close()
+        return
+    attempt(3)
+    with pytest.raises(RuntimeError, match=r"no more.*two different steps"):
+        step_once(engine, 1)
+    engine.close()
+    with OffloadEngine(make(), AdamW(lr=LR), OffloadConfig(resume=True, **config)) as engine:
+        kit.assert_same_state(kit.state_of(engine), before)
+
+
+@pytest.mark.parametrize("door", ["load_state_dict", "optimizer.load_state_dict"])
+def test_state_dicts_loaded_before_the_step_is_decided(kit: SimpleNamespace, tmp_path: Path, door: str) -> None:
+    """The rest of each unit is that of the last step, not of the update that has begun in backward."""
+    config = OffloadConfig(dtype=torch.float32, nvme=tmp_path, homes=kit.ALL_NVME, update="speculative")
+    with OffloadEngine(make(), AdamW(lr=LR), config) as engine:
+        for number in range(3):
+            step_once(engine, number)
+        before, values, states = kit.state_of(engine), engine.state_dict(), engine.optimizer.state_dict()
+        engine.backward(loss_of(engine, 3))
+        engine._gradients.wait()
+        assert engine._early is not None and engine._early.has_begun
+        DOORS[door](engine, values, states)
+        engine.optimizer.zero_grad()
         kit.assert_same_state(kit.state_of(engine), before)

@@ -346,6 +346,25 @@ def test_plain_backward_beside_a_built_in_scale() -> None:
         assert not engine.step().skipped
 
 
+def test_grad_scaler_beside_updates_in_backward() -> None:
+    """They have used the gradients, with the scale in them, before anybody can unscale."""
+    scaler = torch.amp.GradScaler("cpu")
+    with OffloadEngine(Tiny(), AdamW(lr=LR), OffloadConfig(dtype=HALF, update="backward")) as engine:
+        scaler.scale(loss_of(engine, 0)).backward()
+        with pytest.raises(RuntimeError, match=r'GradScaler .* build the engine anew with update="next_forward"'):
+            scaler.unscale_(engine.optimizer)
+
+
+def test_gradients_of_inputs_are_not_left_scaled() -> None:
+    with OffloadEngine(Tiny(), AdamW(lr=LR), OffloadConfig(dtype=HALF, loss_scale=1024.0)) as engine:
+        x = torch.ones(2, requires_grad=True)
+        with pytest.raises(ValueError, match=r"call torch.autograd.grad\(loss, inputs\)"):
+            engine.backward(x.sum(), inputs=[x])
+        assert x.grad is None
+        engine.backward(loss_of(engine, 0))
+        assert not engine.step().skipped
+
+
 def test_grad_scaler_beside_a_built_in_scale() -> None:
     scaler = torch.amp.GradScaler("cpu")
     with OffloadEngine(Tiny(), AdamW(lr=LR), OffloadConfig(dtype=HALF, loss_scale="dynamic")) as engine:

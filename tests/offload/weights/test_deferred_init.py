@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from offload import AdamW, BudgetTooSmall, OffloadConfig, OffloadEngine, deferred_init
+from offload import SGD, AdamW, BudgetTooSmall, OffloadConfig, OffloadEngine, deferred_init
 from offload.weights import draws, recorder
 from offload.weights.recipe import recipe_of, values_of
 
@@ -279,3 +279,34 @@ def test_resumed_run_takes_its_values_from_the_store(kit: SimpleNamespace, tmp_p
     with OffloadEngine(model, AdamW(lr=1e-2), OffloadConfig(resume=True, **settings)) as engine:
         state = engine.state_dict()
     assert all(kit.bits(state[name]) == kit.bits(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "init", "mul_"])
+def test_a_change_in_place_after_the_block_is_refused(change: str) -> None:
+    with deferred_init():
+        model = nn.Sequential(nn.Linear(128, 128))
+    with torch.no_grad():
+        if change == "load_state_dict":
+            with pytest.warns(UserWarning):
+                model.load_state_dict(nn.Sequential(nn.Linear(128, 128)).state_dict())
+        elif change == "init":
+            nn.init.zeros_(model[0].weight)
+        else:
+            model[0].weight.mul_(2)
+    with pytest.raises(ValueError, match=r"'0.weight' was changed after .* had ended"):
+        OffloadEngine(model, SGD(), OffloadConfig(device="cpu", host_memory="64MiB"))
+
+
+def test_a_second_block_may_change_what_the_first_has_built() -> None:
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(128, 128))
+    with torch.no_grad():
+        eager[0].weight.mul_(2)
+    torch.manual_seed(0)
+    with deferred_init():
+        model = nn.Sequential(nn.Linear(128, 128))
+    with deferred_init(), torch.no_grad():
+        model[0].weight.mul_(2)
+    config = OffloadConfig(device="cpu", host_memory="64MiB", dtype=torch.float32)
+    with OffloadEngine(model, SGD(), config) as engine:
+        assert torch.equal(engine.state_dict()["0.weight"], eager[0].weight)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
-from offload import AdamW, OffloadConfig, OffloadEngine, deferred_init
+from offload import SGD, AdamW, OffloadConfig, OffloadEngine, deferred_init
 from offload.access import ParameterAccess
 
 HOST = OffloadConfig(device="cpu", host_memory="64MiB")
@@ -105,6 +105,23 @@ def test_buffers_come_along(tmp_path: Path) -> None:
     masters(files_of(source, tmp_path / "weights"), module)
     assert torch.equal(module[1].running_mean, source[1].running_mean)
     assert module[1].num_batches_tracked == 1
+
+
+def test_buffers_that_a_deferred_build_has_put_in_place_come_along(tmp_path: Path) -> None:
+    """A buffer set behind `register_buffer` is made when the engine takes the model, and filled after that."""
+
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.linear = nn.Linear(80, 80)
+            self.register_buffer("scale", None)
+            self._buffers["scale"] = torch.empty(1 << 16).fill_(scale)
+
+    source = Scaled(7.0)
+    with deferred_init(seeded=False):
+        module = Scaled(2.0)
+    with OffloadEngine.from_pretrained(files_of(source, tmp_path / "weights"), SGD(), HOST, module=module) as engine:
+        assert torch.equal(engine.module.scale, source.scale)
 
 
 def test_every_misfit_is_listed_and_nothing_changes(kit: SimpleNamespace, tmp_path: Path) -> None:
