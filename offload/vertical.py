@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -272,14 +273,32 @@ class Forwards:
         self._caller.switch()
 
     def _close(self) -> None:
-        """End forwards that are under way: their `finally` blocks run, and no more units are called."""
+        """End forwards that are under way: their `finally` blocks run, and no more units are called.
+
+        Invariant: all of it is done, also when Ctrl-C comes in between: half of it would leave the calling thread in
+        the modes of a micro-batch, without gradients for instance.
+        """
         self._closing = True
-        for forward in self._forwards:
-            if forward.greenlet and not forward.greenlet.dead:
-                forward.surroundings.restore(self._device)
-                self._running = forward
-                with contextlib.suppress(Exception):  # the first error is the one that is raised
-                    forward.greenlet.throw()
+        interrupt = None
+        for work in (*(functools.partial(self._end, forward) for forward in self._forwards), self._leave):
+            done = False
+            while not done:
+                try:
+                    work()
+                    done = True
+                except KeyboardInterrupt as error:
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _end(self, forward: Forward) -> None:
+        if forward.greenlet and not forward.greenlet.dead:
+            forward.surroundings.restore(self._device)
+            self._running = forward
+            with contextlib.suppress(Exception):  # the first error is the one that is raised
+                forward.greenlet.throw()
+
+    def _leave(self) -> None:
         self._runtime.turn, self._runtime.pause = None, None
         self._entry.restore(self._device)
 

@@ -371,7 +371,7 @@ def test_use_after_close(settings: dict[str, Any], name: str) -> None:
     engine = OffloadEngine(Model(), AdamW(), OffloadConfig(**FP32, **settings))
     train(engine)
     engine.close()
-    with pytest.raises(EngineClosed, match=r"the engine is closed; build a new OffloadEngine"):
+    with pytest.raises(EngineClosed, match=r"the engine is closed; build a new model and a new OffloadEngine"):
         CLOSED[name](engine)
 
 
@@ -409,6 +409,6 @@ def test_close_with_work_in_flight(settings: dict[str, Any]) -> None:
 
 
 def test_module_cannot_be_wrapped_twice(engine: OffloadEngine) -> None:
-    with pytest.raises(ValueError, match=r"a module can be wrapped once; build a new one"):
+    with pytest.raises(ValueError, match=r"wrapped by an engine, and that can be done once; build a new one"):
         OffloadEngine(engine.module, AdamW(), OffloadConfig(**FP32))
     train(engine)

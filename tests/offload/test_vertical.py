@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from offload import SGD, AdamW, OffloadConfig, OffloadEngine
 from offload.access import HostParameter
+from offload.ambient import Surroundings
 from offload.units import CallSite
+from offload.vertical import Forwards
 
 NOTICE = "train_step runs micro-batches one after another"
 
@@ -856,3 +858,43 @@ def test_arguments_that_cannot_work(kit: SimpleNamespace) -> None:
         engine.backward(engine(*data[1]))
         engine.step()
         assert engine.train_step(data[:2]).step == 2
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_ctrl_c_while_forwards_are_ended_leaves_the_thread_in_its_own_modes(
+    at: int, kit: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three forwards fail midway inside `no_grad`; the interrupt comes at the `at`-th of four restorations of modes."""
+    steps = in_steps(numbered(3), 3)
+    expected = train(Failing("forward"), OffloadConfig(dtype=torch.float32, micro_batches=3), steps, False, loss_of)
+    module = Failing("forward")
+    close, restore = Forwards._close, Surroundings.restore
+    seen: list[int] = []
+
+    def interrupted(surroundings: Surroundings, device: Any) -> None:
+        seen.append(len(seen))
+        torch.set_grad_enabled(False)
+        if seen[-1] == at:
+            raise KeyboardInterrupt
+        restore(surroundings, device)
+
+    def closing(forwards: Forwards) -> None:
+        monkeypatch.setattr(Surroundings, "restore", interrupted)
+        try:
+            close(forwards)
+        finally:
+            monkeypatch.setattr(Surroundings, "restore", restore)
+
+    monkeypatch.setattr(Forwards, "_close", closing)
+    with OffloadEngine(module, AdamW(lr=1e-2), OffloadConfig(dtype=torch.float32, micro_batches=3)) as engine:
+        module.broken[0] = True
+        with pytest.raises((KeyboardInterrupt, LookupError)) as raised:
+            engine.train_step(steps[0], loss_of)
+        assert (raised.type is KeyboardInterrupt) == (at < len(seen))
+        assert torch.is_grad_enabled()
+        assert engine._runtime.pause is None
+        monkeypatch.setattr(Forwards, "_close", close)
+        module.broken[0] = False
+        engine.optimizer.zero_grad()
+        engine.train_step(steps[0], loss_of)
+        kit.assert_same_state(kit.state_of(engine), expected[1])

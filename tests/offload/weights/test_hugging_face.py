@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,7 +151,7 @@ def test_from_meta_is_the_models_own_initialisation(kit: SimpleNamespace) -> Non
         state = engine.state_dict()
         tokens = torch.randint(256, (2, 16))
         assert torch.isfinite(engine(tokens, labels=tokens).loss)
-    with transformers.initialization.no_init_weights():
+    with importlib.import_module("transformers.initialization").no_init_weights():
         expected = BUILDS["tied"]()
     torch.manual_seed(6)
     expected.init_weights()
