@@ -280,7 +280,8 @@ class Forwards:
         """
         self._closing = True
         interrupt = None
-        for work in (*(functools.partial(self._end, forward) for forward in self._forwards), self._leave):
+        ends: list[Callable[[], None]] = [functools.partial(self._end, forward) for forward in self._forwards]
+        for work in [*ends, self._leave]:
             done = False
             while not done:
                 try:
