@@ -158,14 +158,13 @@ def bound_of(regime: Regime, seconds: tuple[float, float], feature: Feature = AS
     """
     with OffloadEngine(regime.model(), AdamW(lr=1e-5), config_of(regime, feature)) as engine:
         parts = engine._parts
-        one_memory = parts.device.one_memory
         work = step_work(
             parts.layouts,
             parts.plan.homes,
-            one_memory=one_memory,
+            one_memory=parts.device.one_memory,
             micro_batches=regime.micro_batches,
             commit_interval=engine.config.commit_interval,
-            reuse_nbytes=parts.plan.stage_nbytes if one_memory else parts.plan.device_nbytes,
+            reuse_nbytes=parts.slots.capacity_nbytes,
         )
     alpha = update_share(feature.update, clips=feature.clips)
     return lower_bound(work, regime.rig(), forward_s=seconds[0], backward_s=seconds[1], alpha=alpha)

@@ -154,13 +154,12 @@ def _run_engine(
 
         losses, seconds = _timed(case, next(engine.module.parameters()).device, step)
         parts = engine._parts
-        one_memory = parts.device.one_memory
         work = step_work(
             parts.layouts,
             parts.plan.homes,
-            one_memory=one_memory,
+            one_memory=parts.device.one_memory,
             commit_interval=config.commit_interval,
-            reuse_nbytes=parts.plan.stage_nbytes if one_memory else parts.plan.device_nbytes,
+            reuse_nbytes=parts.slots.capacity_nbytes,
         )
     return losses, seconds, work
 

@@ -230,7 +230,7 @@ def _open_bound(parts: Assembly) -> EngineBound | None:
         one_memory=parts.device.one_memory,
         micro_batches=config.micro_batches,
         commit_interval=config.commit_interval,
-        reuse_nbytes=parts.plan.stage_nbytes if parts.device.one_memory else parts.plan.device_nbytes,
+        reuse_nbytes=parts.slots.capacity_nbytes,
         update=config.update,
         clips=config.clip_grad_norm is not None,
     )

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..weights.files import sync
 from . import document
 from .document import Document
 from .errors import CheckpointDamaged, CheckpointError, CheckpointMissing
@@ -87,12 +88,12 @@ class RunFolder:
         At every moment one of the two is there whole, maybe under its hidden name. Raises: OSError.
         """
         target = self.target(step)
-        _sync(written)
+        sync(written)
         old = self._hidden(target, _REPLACED)
         if target.exists():
             target.rename(old)
         written.rename(target)
-        _sync(self.root)
+        sync(self.root)
         if old.exists():
             shutil.rmtree(old)
         return target
@@ -134,7 +135,7 @@ class RunFolder:
         for path in old[: max(0, len(old) - (keep - 1))]:
             hidden = self._hidden(path, _REMOVING)
             path.rename(hidden)
-            _sync(self.root)
+            sync(self.root)
             shutil.rmtree(hidden)
 
     def check_model(self, parameters: Collection[str]) -> None:
@@ -218,12 +219,4 @@ def _make_durably(folder: Path) -> None:
     made = [path for path in (absolute, *absolute.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in made:
-        _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)

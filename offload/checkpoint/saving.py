@@ -16,14 +16,13 @@ from xxhash import xxh3_64
 
 from ..access import ParameterAccess
 from ..layout import Member, UnitLayout
-from ..weights.files import TensorFileWriter, TensorSpec, bytes_of
+from ..weights.files import INDEX_NAME, TensorFileWriter, TensorSpec, bytes_of
 from . import document
 from .document import Document, SavedFile
 from .errors import CheckpointFailed
 from .folder import RunFolder
 from .snapshot import Snapshot
 
-INDEX_NAME = "model.safetensors.index.json"
 BUFFERS_NAME = "buffers.safetensors"
 METADATA = {"format": "pt"}
 

@@ -19,11 +19,10 @@ from ..layout import UnitLayout
 from ..sizes import parse_size
 from ..units import ParameterInfo
 from ..values import persistent_buffers
-from .files import TensorFileWriter, TensorSpec
+from .files import INDEX_NAME, TensorFileWriter, TensorSpec, sync
 
 Parts = Callable[[UnitLayout], Iterator[Part]]
 SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 
 def save_pretrained(
@@ -167,8 +166,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         if path.exists():
             _keep_others(path, fresh)
         for file in fresh.rglob("*"):
-            _sync(file)
-        _sync(fresh)
+            sync(file)
+        sync(fresh)
         _swap_in(fresh, path)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -197,20 +196,12 @@ def _swap_in(fresh: Path, path: Path) -> None:
         if old.exists():
             old.rename(path)
         raise
-    _sync(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _old_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -40,6 +40,17 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _MAX_HEADER_NBYTES = 100_000_000  # what the format allows
 _READ_NBYTES = 4 << 20
 
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the drive."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 @dataclass(frozen=True)
 class TensorSpec:

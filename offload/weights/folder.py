@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .export import INDEX_NAME, SINGLE_NAME
-from .files import TensorFile, TensorSpec
+from .export import SINGLE_NAME
+from .files import INDEX_NAME, TensorFile, TensorSpec
 
 
 class WeightFolder:

@@ -99,7 +99,7 @@ def test_killed_at_every_point_of_a_save(
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", counted(Path.rename))
-            patch.setattr(folder_module, "_sync", counted(folder_module._sync))
+            patch.setattr(folder_module, "sync", counted(folder_module.sync))
             patch.setattr(shutil, "rmtree", counted(shutil.rmtree))
             try:
                 engine.save(tmp_path, keep=1, data="new")
@@ -150,7 +150,7 @@ def test_what_lost_its_name_to_an_heir_that_never_came_gets_it_back(runs: Simple
 def test_folders_above_are_flushed_too(runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a loss of power takes a new run's folder with the checkpoint in it."""
     flushed = []
-    monkeypatch.setattr(folder_module, "_sync", flushed.append)
+    monkeypatch.setattr(folder_module, "sync", flushed.append)
     with RunFolder(tmp_path / "a" / "b").saving():
         assert set(flushed) == {tmp_path, tmp_path / "a"}
     flushed.clear()

@@ -233,14 +233,14 @@ def test_when_old_ones_cannot_be_removed_the_new_one_is_there_and_called_so(
 def test_when_the_new_one_cannot_be_made_durable_it_is_not_called_lost(
     runs: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = folder_module._sync
+    original = folder_module.sync
 
     def failing(folder: Path) -> None:
         if folder == tmp_path:
             raise OSError(5, "drive gone")
         original(folder)
 
-    monkeypatch.setattr(folder_module, "_sync", failing)
+    monkeypatch.setattr(folder_module, "sync", failing)
     with runs.build(device="cpu") as engine:
         path = engine.save(tmp_path, background=True)
         with pytest.raises(CheckpointFailed, match=r"step-000000 is there and whole, but .*drive gone"):
